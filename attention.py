@@ -1,0 +1,168 @@
+"""How tokens look at each other, and how they know where they are.
+
+Idea: every token asks a question (query), offers an answer to a kind of question (key) and carries a
+message (value); it takes the messages of the tokens whose keys fit its query. That sum knows no
+order, so a position scheme tells each token its place: added to what goes in (learned), or by turning
+queries and keys by an angle that grows with the position (RoPE), so that a product of two of them
+depends on their distance only.
+
+Run: python -m pytest tests/test_attention.py
+
+To add a position scheme: one subclass of `NoPosition`, one entry in POSITIONS, one oracle in
+tests/reference.py. To add a kind of attention: one function with the signature of
+`kernels.attention.attend`, one entry in ATTENTIONS.
+
+Papers: Vaswani et al. 2017 (arXiv 1706.03762); Su et al. 2021, RoPE (arXiv 2104.09864);
+Ainslie et al. 2023, grouped-query attention (arXiv 2305.13245); Henry et al. 2020, query-key
+normalization (arXiv 2010.04245).
+
+Letters: B batch · T positions that look · S positions looked at · C model width · H heads ·
+K key-value heads · D head width · P positions already in the cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.attention import Mask, attend
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each (B K S D)
+Rotation = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, each (B T D/2)
+
+ATTENTIONS = {"full": attend}
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, where W (out in) is kept in fp32 and cast to the dtype of x."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(out_dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+# --- masks ------------------------------------------------------------------------------------------
+
+
+def causal_mask(T: int, past: int = 0, device: torch.device | str = "cpu") -> Mask:
+    """Token t sees itself and all before it, the `past` tokens of the cache included: 0 ≤ s ≤ P + t."""
+    hi = torch.arange(past, past + T, device=device)[None]
+    return Mask(torch.zeros_like(hi), hi)
+
+
+def document_mask(starts: Tensor) -> Mask:
+    """Causal inside each document of a packed row: starts (B T) holds where t's document begins."""
+    hi = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    return Mask(starts, hi)
+
+
+# --- positions --------------------------------------------------------------------------------------
+
+
+class NoPosition(nn.Module):
+    """No position at all; the hooks through which every scheme acts."""
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What is added to the embeddings x (B T C) of tokens at positions (B T)."""
+        return x
+
+    def rotation(self, positions: Tensor) -> Rotation | None:
+        """The angles by which queries and keys are turned, or None."""
+        return None
+
+
+class Learned(NoPosition):
+    """x + table[position]  (Gehring et al. 2017, arXiv 1705.03122; GPT-2)."""
+
+    def __init__(self, dim: int, context: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(context, dim))
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        if positions.numel() and int(positions.max()) >= len(self.table):
+            raise ValueError(
+                f"position {int(positions.max())} lies beyond the {len(self.table)} learned "
+                "positions: shorten the text, or train with a larger --model.context"
+            )
+        return x + self.table[positions].to(x.dtype)
+
+
+class Rope(NoPosition):
+    """θ_i = base^(−2i/D); query and key at position m are turned by the angles m·θ_i (eq. 15).
+
+    The pair that is turned together is (i, i + D/2), as in Hugging Face's Llama files; the paper's
+    (2i, 2i + 1) is the same up to a permutation of the channels. Angles are computed in fp32.
+    """
+
+    def __init__(self, head_dim: int, base: float):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        exponent = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
+        angles = positions[..., None] * self.base**-exponent  # B T D/2
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """(x₁, x₂) ↦ (x₁ cos − x₂ sin, x₂ cos + x₁ sin), x (B T H D) in two halves along D."""
+    cos, sin = (part[:, :, None].to(x.dtype) for part in rotation)  # B T 1 D/2
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+
+POSITIONS = {
+    "rope": lambda config: Rope(config.head_dim, config.rope_base),
+    "learned": lambda config: Learned(config.dim, config.context),
+    "none": lambda config: NoPosition(),
+}
+
+
+# --- the layer --------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head attention with H query heads that share K key-value heads.
+
+    Its number of heads follows from the width of its own projections, so a part of the heads (tensor
+    parallelism) is a smaller layer of the same kind.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.dim, config.head_dim
+        self.head_dim = D
+        self.attend = ATTENTIONS[config.attention]
+        self.query = Linear(C, config.heads * D, config.bias)
+        self.key = Linear(C, config.kv_heads_or_heads * D, config.bias)
+        self.value = Linear(C, config.kv_heads_or_heads * D, config.bias)
+        self.output = Linear(config.heads * D, C, config.bias)
+        self.qk_norm = config.qk_norm
+
+    def forward(
+        self, x: Tensor, mask: Mask, rotation: Rotation | None = None, past: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """x (B T C) looks at the past and itself; returns the result (B T C) and its own new k, v."""
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, self.head_dim))  # B T H D
+            for linear in (self.query, self.key, self.value)
+        )
+        if self.qk_norm:
+            q, k = unit(q), unit(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # B H T D
+        new = (k, v)
+        if past is not None:
+            k, v = (torch.cat((old, part), 2) for old, part in zip(past, new, strict=True))
+        out = self.attend(q, k, v, mask, self.head_dim**-0.5)
+        return self.output(out.transpose(1, 2).flatten(2)), new
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / rms(x) along the last axis: queries and keys of one length, so that no score can explode."""
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)

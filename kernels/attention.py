@@ -1,0 +1,160 @@
+"""softmax(q kᵀ / √D + mask) v, written twice: as the paper states it, and block by block.
+
+`attend_obvious` builds the whole (T S) table of scores and is the oracle. `attend` walks over blocks
+of queries, touches only the keys that a block can see, and computes the table again in the backward
+pass instead of keeping it, so that memory grows with T and not with T·S: the idea of FlashAttention,
+in plain torch. Who sees whom is data, a `Mask`, so that causal, windowed, packed, padded and
+bidirectional attention are one function.
+
+Papers: Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); Dao 2023, FlashAttention-2 (arXiv 2307.08691);
+Shazeer 2019, one key-value head for many query heads (arXiv 1911.02150); Ainslie et al. 2023, grouped
+heads (arXiv 2305.13245).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # queries at a time: a block of scores then stays in a core's own cache
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Query t of sample b sees the keys s with lo[b, t] ≤ s ≤ hi[b, t]; none where lo > hi.
+
+    lo, hi: int64, (B T), or (1 T) when all samples are alike.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+
+def dense(mask: Mask, keys: int) -> Tensor:
+    """The mask written out: true where query t sees key s, (B 1 T S)."""
+    s = torch.arange(keys, device=mask.lo.device)
+    return ((mask.lo[..., None] <= s) & (s <= mask.hi[..., None]))[:, None]
+
+
+def attend_obvious(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v  (Vaswani et al. 2017, eq. 1).
+
+    q (B H T D) looks at k, v (B K S D); query head h uses key-value head h·K/H. A query that sees
+    nothing gets zeros.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # B H S D
+    scores = scale * q @ k.transpose(-2, -1)  # B H T S
+    scores = scores.masked_fill(~dense(mask, k.shape[2]), -torch.inf)
+    return scores.softmax(-1).nan_to_num() @ v  # B H T D
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """The same function and gradients as `attend_obvious`, block by block."""
+    check_shapes(q, k, v, mask)
+    return BlockedAttention.apply(q, k, v, mask, scale)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    """ValueError, in one sentence, unless q (B H T D), k and v (B K S D) and the mask fit together."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, D):
+        raise ValueError(
+            f"attend: k {tuple(k.shape)} and v {tuple(v.shape)} must both be (B K S D) "
+            f"with the B = {B} and D = {D} of q"
+        )
+    if H % K:
+        raise ValueError(f"attend: {H} query heads cannot be shared out over {K} key-value heads")
+    if mask.lo.shape != mask.hi.shape or mask.lo.shape not in ((B, T), (1, T)):
+        raise ValueError(
+            f"attend: mask.lo {tuple(mask.lo.shape)} and mask.hi {tuple(mask.hi.shape)} "
+            f"must be ({B}, {T}) or (1, {T})"
+        )
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Attention over blocks of queries; the backward pass computes each block's weights again.
+
+    With P = softmax(scale·Q Kᵀ) and O = P V (FlashAttention-2, section 2.1):
+    dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − rowsum(dO ∘ O)),  dQ = scale·dS K,  dK = scale·dSᵀ Q.
+    Query heads that share a key-value head are laid side by side as more rows: (B K, G·t, D).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for rows, keys, hidden, blind in blocks(mask, k.shape[2]):
+            weights = block_weights(q[:, :, rows], k[:, :, keys], hidden, scale)
+            o = ungroup(weights @ merge(v[:, :, keys]), q[:, :, rows].shape)
+            out[:, :, rows] = o if blind is None else o.masked_fill(blind, 0)
+        ctx.save_for_backward(q, k, v, out, mask.lo, mask.hi)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lo, hi = ctx.saved_tensors
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        B, K, _, D = k.shape
+        for rows, keys, hidden, blind in blocks(Mask(lo, hi), k.shape[2]):
+            do = grad[:, :, rows]
+            do = group(do if blind is None else do.masked_fill(blind, 0), K)
+            q_block, k_block = group(q[:, :, rows], K), merge(k[:, :, keys])
+            p = block_weights(q[:, :, rows], k[:, :, keys], hidden, ctx.scale)
+            dv[:, :, keys] += (p.transpose(1, 2) @ do).view(B, K, -1, D)
+            ds = do @ merge(v[:, :, keys]).transpose(1, 2)
+            ds -= (do * group(out[:, :, rows], K)).sum(-1, keepdim=True)
+            ds *= p
+            ds *= ctx.scale
+            dq[:, :, rows] = ungroup(ds @ k_block, q[:, :, rows].shape)
+            dk[:, :, keys] += (ds.transpose(1, 2) @ q_block).view(B, K, -1, D)
+        return dq, dk, dv, None, None
+
+
+def blocks(mask: Mask, S: int):
+    """For each block of queries: its rows, the keys that any of them sees, and what stays hidden.
+
+    Yields (rows, keys, hidden, blind): two slices; hidden (B 1 t s), true where a key in reach is not
+    seen, or None; blind (B 1 t 1), true for queries that see nothing, or None. A blind query is let
+    look at one key, so that no row of the softmax is empty, and its result is cleared.
+    """
+    lo, hi = mask.lo.clamp(min=0), mask.hi.clamp(max=S - 1)
+    blind = (lo > hi)[:, None, :, None]
+    lo = lo.clamp(max=S - 1)
+    hi = torch.maximum(lo, hi)
+    for start in range(0, lo.shape[1], BLOCK):
+        rows = slice(start, min(start + BLOCK, lo.shape[1]))
+        first, last = int(lo[:, rows].min()), int(hi[:, rows].max())
+        hidden = ~dense(Mask(lo[:, rows] - first, hi[:, rows] - first), last - first + 1)
+        yield (
+            rows,
+            slice(first, last + 1),
+            hidden if hidden.any() else None,
+            blind[:, :, rows] if blind[:, :, rows].any() else None,
+        )
+
+
+def block_weights(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) over the visible keys, one block of queries: (B K, G·t, s)."""
+    (B, H, t, _), (_, K, s, _) = q.shape, k.shape
+    scores = group(q * scale, K) @ merge(k).transpose(1, 2)
+    if hidden is not None:
+        scores.view(B, H, t, s).masked_fill_(hidden, -torch.inf)
+    return scores.softmax(-1)
+
+
+def merge(x: Tensor) -> Tensor:
+    """(B K S D) → (B·K, S, D), one matrix for each key-value head."""
+    return x.flatten(0, 1)
+
+
+def group(x: Tensor, K: int) -> Tensor:
+    """(B H t D) → (B·K, G·t, D): the G query heads of one key-value head, one below the other."""
+    B, H, t, D = x.shape
+    return x.reshape(B * K, H // K * t, D)
+
+
+def ungroup(x: Tensor, shape: torch.Size) -> Tensor:
+    """The way back from `group`."""
+    return x.view(shape)

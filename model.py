@@ -1,0 +1,278 @@
+"""The transformer, plain: it knows no ranks, no adapters, no quantization.
+
+Idea: a stream of one vector per token runs through L blocks. Each block reads the stream twice, once
+to let tokens look at each other (attention) and once to think about each token alone (feed-forward),
+and adds what it finds. A last matrix turns the stream into a score for every possible next token.
+
+Variants are entries of tables: NORMS and ACTIVATIONS here, POSITIONS and ATTENTIONS in attention.py.
+The head stands apart from the stream, so that a fused loss, a reward or a value head attach from
+outside: `model(ids)` gives hidden states, `model.head_weight` the matrix, `model.logits` their product.
+
+Run: python -m pytest tests/test_model.py
+
+Papers: Vaswani et al. 2017 (arXiv 1706.03762); Radford et al. 2019, GPT-2; Touvron et al. 2023, Llama
+(arXiv 2302.13971); Zhang and Sennrich 2019, RMSNorm (arXiv 1910.07467); Ba et al. 2016, LayerNorm
+(arXiv 1607.06450); Shazeer 2020, gated units (arXiv 2002.05202); Press and Wolf 2017, tied head
+(arXiv 1608.05859).
+
+Letters: B batch · T tokens · C model width · F feed-forward width · V vocabulary · L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import POSITIONS, Attention, KeyValue, Linear, Mask, Rotation, causal_mask
+from run import UserError, generator
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer."""
+
+    dim: int = 128  # width of the stream
+    layers: int = 4  # blocks
+    heads: int = 4  # query heads
+    kv_heads: int = 0  # key-value heads, each shared by heads / kv_heads queries; 0: as many as heads
+    context: int = 256  # tokens in one row of a batch
+    vocab_size: int = 0  # tokens known; 0: as many as the tokenizer has
+    ffn_dim: int = 0  # feed-forward width; 0: 8/3 of dim for gated activations, else 4 of dim
+    position: Literal["rope", "learned", "none"] = "rope"  # how a token knows its place
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # what keeps the stream's scale
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"  # the feed-forward's bend
+    attention: Literal["full"] = "full"  # who looks at whom
+    bias: bool = False  # biases in linears
+    tied: bool = True  # the head is the embedding
+    qk_norm: bool = True  # queries and keys of unit length
+    rope_base: float = 10_000.0  # the slowest of RoPE's angles turns once in 2π·base positions
+    norm_eps: float = 1e-5  # added to the variance
+
+    def __post_init__(self):
+        if min(self.dim, self.layers, self.heads, self.context) < 1:
+            raise UserError("--model.dim, layers, heads and context must each be at least 1")
+        if self.dim % self.heads:
+            near = max(h for h in range(1, self.heads + 1) if self.dim % h == 0)
+            raise UserError(
+                f"--model.dim {self.dim} is not divisible by --model.heads {self.heads}: "
+                f"choose heads that divide it, such as {near}"
+            )
+        if self.kv_heads < 0 or (self.kv_heads and self.heads % self.kv_heads):
+            raise UserError(
+                f"--model.heads {self.heads} is not divisible by --model.kv-heads {self.kv_heads}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(
+                f"RoPE turns pairs of channels: --model.dim {self.dim} / --model.heads {self.heads} "
+                f"= {self.head_dim} must be even"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def kv_heads_or_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """F. Gated units have three matrices instead of two: 8/3 C keeps 8 C² weights (Shazeer 2020)."""
+        if self.ffn_dim:
+            return self.ffn_dim
+        return -(-8 * self.dim // 24) * 8 if ACTIVATIONS[self.activation].gated else 4 * self.dim
+
+
+GPT2 = {
+    "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "qk_norm": False,
+    "context": 1024, "vocab_size": 50257,
+}  # fmt: skip
+PRESETS = {
+    "tiny": ModelConfig(),
+    "gpt2": ModelConfig(dim=768, layers=12, heads=12, **GPT2),
+}
+
+
+# --- parts ------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε) · w  (Zhang and Sennrich 2019, eq. 4), statistics in fp32."""
+
+    def __init__(self, dim: int, eps: float, bias: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + self.eps)
+        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x − mean(x)) / √(var(x) + ε) · w + b  (Ba et al. 2016, eq. 4), statistics in fp32."""
+
+    def __init__(self, dim: int, eps: float, bias: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        y = y.to(x.dtype) * self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+class Activation(NamedTuple):
+    """bend(up, gate) for gated kinds, bend(up) otherwise."""
+
+    bend: Callable[..., Tensor]
+    gated: bool
+
+
+ACTIVATIONS = {
+    "swiglu": Activation(lambda up, gate: F.silu(gate) * up, gated=True),
+    "gelu": Activation(F.gelu, gated=False),
+    "gelu_tanh": Activation(lambda up: F.gelu(up, approximate="tanh"), gated=False),
+}
+
+
+class FeedForward(nn.Module):
+    """W_down · bend(W_up x), or W_down · (silu(W_gate x) ∘ W_up x) for SwiGLU (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, F_ = config.dim, config.ffn_width
+        self.bend, gated = ACTIVATIONS[config.activation]
+        self.up = Linear(C, F_, config.bias)
+        self.gate = Linear(C, F_, config.bias) if gated else None
+        self.down = Linear(F_, C, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ups = (self.up(x),) if self.gate is None else (self.up(x), self.gate(x))
+        return self.down(self.bend(*ups))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feedforward(norm(x)): the pre-norm order."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.dim, config.norm_eps, config.bias)
+        self.attention = Attention(config)
+        self.ffn_norm = norm(config.dim, config.norm_eps, config.bias)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, mask: Mask, rotation: Rotation | None = None, past: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """x (B T C) to x (B T C), and this block's new keys and values."""
+        look, new = self.attention(self.attention_norm(x), mask, rotation, past)
+        x = x + look
+        return x + self.ffn(self.ffn_norm(x)), new
+
+
+# --- the model --------------------------------------------------------------------------------------
+
+
+class Transformer(nn.Module):
+    """Token ids in, hidden states out."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.position = POSITIONS[config.position](config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = NORMS[config.norm](config.dim, config.norm_eps, config.bias)
+        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        initialize(self, seed)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (V C) that turns hidden states into logits."""
+        return self.embedding if self.head is None else self.head
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """ids (B T) to hidden states (B T C), computed in dtype (default: that of the weights).
+
+        positions (B T) default to 0 … T−1, the mask to causal.
+        """
+        return self.extend(ids, None, positions, mask, dtype)[0]
+
+    def extend(
+        self,
+        ids: Tensor,
+        past: list[KeyValue] | None,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """As `forward`, for ids that follow a past of P tokens; also each layer's new keys and values."""
+        P, T = past[0][0].shape[2] if past else 0, ids.shape[1]
+        if positions is None:
+            positions = torch.arange(P, P + T, device=ids.device)[None]
+        mask = mask or causal_mask(T, P, ids.device)
+        x = F.embedding(ids, self.embedding).to(dtype or self.embedding.dtype)
+        x = self.position.embed(x, positions)
+        rotation = self.position.rotation(positions)
+        new = []
+        for i, layer in enumerate(self.layers):
+            x, kv = layer(x, mask, rotation, past[i] if past else None)
+            new.append(kv)
+        return self.norm(x), new
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (… C) to scores of the next token (… V), in fp32 or wider."""
+        logits = hidden @ self.head_weight.to(hidden.dtype).T
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def initialize(model: Transformer, seed: int) -> None:
+    """Draw every weight from its own stream, named after it: no weight depends on which others exist.
+
+    Matrices: normal with variance 1/fan_in, so that each keeps the scale of what goes through;
+    the two that write into the stream (attention output, feed-forward down) start at zero, so that
+    the model starts as the identity. Norms start at 1, biases at 0.
+    """
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            continue
+        rng = generator(seed, f"init/{name}")
+        std = 0.02 if name in ("embedding", "position.table") else p.shape[1] ** -0.5
+        std = 0.0 if name.endswith(("output.weight", "down.weight")) or name == "head" else std
+        p.data.copy_(torch.randn(p.shape, generator=rng) * std)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def training_flops(model: Transformer, T: int) -> float:
+    """Floating-point operations per token of a training step: 6 N + 12 L C T (PaLM, appendix B).
+
+    N counts the weights that multiply (an untied embedding only looks up); T is the row length.
+    """
+    N = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "position.table")
+    if model.head is not None:
+        N -= model.embedding.numel()
+    return 6 * N + 12 * model.config.layers * model.config.dim * T
