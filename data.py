@@ -21,7 +21,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import re
 import shutil
 import sys
 import sysconfig
@@ -49,7 +48,9 @@ LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
 class DataConfig:
     """Where the text comes from."""
 
-    path: str = ""  # file, folder or glob of .txt .md .py .jsonl (also .gz); empty: Python's own prose
+    path: str = (
+        ""  # file, folder or glob of .txt .md .py .jsonl (also .gz); empty: Python's own prose
+    )
     held_out: float = 0.05  # share of the documents never trained on (one document: its last tenth)
 
     def __post_init__(self):
@@ -61,7 +62,9 @@ class DataConfig:
 class TokenizerConfig:
     """How text is cut."""
 
-    kind: Literal["bpe", "bytes"] = "bpe"  # merges learnt from the training documents, or plain bytes
+    kind: Literal["bpe", "bytes"] = (
+        "bpe"  # merges learnt from the training documents, or plain bytes
+    )
     vocab_size: int = 2048  # tokens of a BPE: 256 bytes, the merges, and the end of text
     pattern: Literal["gpt4", "gpt2"] = "gpt4"  # how text is split before merging
 
@@ -140,7 +143,9 @@ def files_of(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_file():
         if not known(place):
-            raise UserError(f"{place}: text files end in {', '.join(SUFFIXES)} (or one of these + .gz)")
+            raise UserError(
+                f"{place}: text files end in {', '.join(SUFFIXES)} (or one of these + .gz)"
+            )
         return [place]
     if place.is_dir():
         files = sorted(p for p in place.rglob("*") if known(p))
@@ -309,7 +314,9 @@ def prepare(
     """The corpus as tokens, made now or found from before; the tokenizer is trained unless given."""
     marks = identity(config)
     key = hashlib.blake2b(
-        json.dumps([marks, asdict(cutting) if tokenizer is None else tokenizer.fingerprint]).encode(),
+        json.dumps(
+            [marks, asdict(cutting) if tokenizer is None else tokenizer.fingerprint]
+        ).encode(),
         digest_size=8,
     ).hexdigest()
     folder = cache / key
@@ -335,14 +342,18 @@ def identity(config: DataConfig) -> list:
     return [config.held_out, stats, "" if config.path else [sys.version, SHORTEST]]
 
 
-def tokenize(config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None, out: Path) -> None:
+def tokenize(
+    config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None, out: Path
+) -> None:
     """Read, hold out, train the tokenizer on what is left, and write tokens and a description to out."""
     again = (lambda: read_documents(config)) if config.path else list(standard_library()).__iter__
     held = held_out(again(), config.held_out)
     if not len(held):
         raise UserError(f"there is no text in {config.path}: every file is empty")
     if tokenizer is None:
-        tokenizer = make_tokenizer((d.text for d, out_ in split(again(), held) if not out_), cutting)
+        tokenizer = make_tokenizer(
+            (d.text for d, out_ in split(again(), held) if not out_), cutting
+        )
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writers = [ShardWriter(out, name, dtype, tokenizer.end_of_text) for name in ("train", "held")]
     press, squeezed = lzma.LZMACompressor(), 0
@@ -510,7 +521,7 @@ def show() -> None:
               f"{meta[name]['tokens']:>12,} tokens")  # fmt: skip
     for i in range(0, len(corpus.held), max(1, len(corpus.held) // 3)):
         text = tokenizer.decode(corpus.held.document(i)[1:61].tolist())
-        print(f"\n  held out, document {i}: {re.sub(r'\s+', ' ', text)} …")
+        print(f"\n  held out, document {i}: {' '.join(text.split())} …")
     stream = Stream(corpus.train, config.context, tokenizer.end_of_text, 0)
     rows = stream.take(6)
     print(f"\nsix rows of {config.context} tokens; a letter is a document, a dot is padding:")
@@ -519,7 +530,9 @@ def show() -> None:
         print("  " + "".join("." if n == IGNORE else letters[s]
                              for s, n in zip(starts, nexts, strict=True)))  # fmt: skip
     pairs = sum(piece.length for row in stream.rows for piece in row)
-    print(f"\nan epoch is {len(stream.rows):,} rows, {pairs / len(stream.rows) / config.context:.1%} full")
+    print(
+        f"\nan epoch is {len(stream.rows):,} rows, {pairs / len(stream.rows) / config.context:.1%} full"
+    )
 
 
 if __name__ == "__main__":

@@ -36,10 +36,13 @@ from run import UserError, generator
 class ModelConfig:
     """The shape of a decoder-only transformer."""
 
+    preset: Literal["tiny", "gpt2"] = "tiny"  # a named shape, which the other settings then change
     dim: int = 128  # width of the stream
     layers: int = 4  # blocks
     heads: int = 4  # query heads
-    kv_heads: int = 0  # key-value heads, each shared by heads / kv_heads queries; 0: as many as heads
+    kv_heads: int = (
+        0  # key-value heads, each shared by heads / kv_heads queries; 0: as many as heads
+    )
     context: int = 256  # tokens in one row of a batch
     vocab_size: int = 0  # tokens known; 0: as many as the tokenizer has
     ffn_dim: int = 0  # feed-forward width; 0: 8/3 of dim for gated activations, else 4 of dim
@@ -89,12 +92,12 @@ class ModelConfig:
 
 
 GPT2 = {
-    "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "qk_norm": False,
-    "context": 1024, "vocab_size": 50257,
+    "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True,
+    "qk_norm": False, "context": 1024, "vocab_size": 50257,
 }  # fmt: skip
 PRESETS = {
     "tiny": ModelConfig(),
-    "gpt2": ModelConfig(dim=768, layers=12, heads=12, **GPT2),
+    "gpt2": ModelConfig("gpt2", dim=768, layers=12, heads=12, **GPT2),
 }
 
 
@@ -198,7 +201,9 @@ class Transformer(nn.Module):
         self.position = POSITIONS[config.position](config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps, config.bias)
-        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.head = (
+            None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        )
         initialize(self, seed)
 
     @property
@@ -272,7 +277,9 @@ def training_flops(model: Transformer, T: int) -> float:
 
     N counts the weights that multiply (an untied embedding only looks up); T is the row length.
     """
-    N = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "position.table")
+    N = sum(
+        p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "position.table"
+    )
     if model.head is not None:
         N -= model.embedding.numel()
     return 6 * N + 12 * model.config.layers * model.config.dim * T

@@ -35,7 +35,9 @@ class OptimConfig:
     beta2: float = 0.95  # memory of its square
     eps: float = 1e-10  # added to the root of the square
     clip: float = 1.0  # largest norm of all gradients together; 0: no clipping
-    schedule: Literal["cosine", "linear", "constant"] = "linear"  # from the highest rate to the last
+    schedule: Literal["cosine", "linear", "constant"] = (
+        "linear"  # from the highest rate to the last
+    )
     warmup: float = 0.05  # share of the steps in which the rate rises from 0
     final: float = 0.0  # last learning rate, as a share of the highest
 
@@ -146,13 +148,14 @@ class Muon:
     Matrices of one shape are orthogonalized as one stack.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]], config: OptimConfig):
-        self.config = config
+    def __init__(
+        self, named: Iterable[tuple[str, Tensor]], config: OptimConfig, dtype: torch.dtype
+    ):
+        self.config, self.dtype = config, dtype  # dtype: of the products inside orthogonalize
         named = list(named)
         self.matrices = {n: p for n, p in named if is_block_matrix(n, p)}
         self.momentum = {n: torch.zeros_like(p) for n, p in self.matrices.items()}
         self.rest = AdamW([(n, p) for n, p in named if n not in self.matrices], config)
-        self.dtype = torch.float32
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -181,4 +184,4 @@ class Muon:
             x.copy_(state[f"momentum/{name}"])
 
 
-OPTIMIZERS = {"adamw": AdamW, "muon": Muon}
+OPTIMIZERS = {"adamw": lambda named, config, dtype: AdamW(named, config), "muon": Muon}

@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 RUNS = Path("runs")
 KEEP = 2  # checkpoints kept: the newest, and one before it in case that one is damaged
@@ -99,7 +100,9 @@ class Run:
             return cls(found[-1].parent)
         folder = next((p for p in (RUNS / name, Path(name)) if p.is_dir()), None)
         if folder is None:
-            raise UserError(f"there is no run named {name!r}: neither {RUNS / name} nor {name} exists")
+            raise UserError(
+                f"there is no run named {name!r}: neither {RUNS / name} nor {name} exists"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a run: it has no config.json")
         return cls(folder)
@@ -107,9 +110,9 @@ class Run:
     def config(self) -> dict:
         return read_json(self.folder / "config.json")
 
-    def log(self, text: str = "", **extra) -> None:
-        """Print, and keep in log.txt."""
-        print(text, **extra)
+    def log(self, text: str = "") -> None:
+        """Print, above a progress bar if there is one, and keep in log.txt."""
+        tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -130,7 +133,9 @@ class Run:
 
     # --- checkpoints
 
-    def save(self, step: int, model: dict[str, Tensor], state: dict[str, Tensor], info: dict) -> Path:
+    def save(
+        self, step: int, model: dict[str, Tensor], state: dict[str, Tensor], info: dict
+    ) -> Path:
         """Write checkpoints/step-<step>: whole, or not at all."""
         final = self.folder / "checkpoints" / f"step-{step:06d}"
         draft = final.with_name(f".{final.name}.draft")
@@ -248,7 +253,9 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
         axes.plot(steps, smooth(values), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
     if held:
         steps, values = zip(*held, strict=True)
-        axes.plot(steps, values, "o-", color="#c8442d", markersize=4, linewidth=1.2, label="held out")
+        axes.plot(
+            steps, values, "o-", color="#c8442d", markersize=4, linewidth=1.2, label="held out"
+        )
         axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points",
                       xytext=(0, -14), ha="center", color="#c8442d")  # fmt: skip
     if lzma is not None:

@@ -55,7 +55,9 @@ def clip_by_norm(parameters: Iterable[Tensor], largest: float) -> float:
     largest = 0 clips nothing.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])).item()
+    norm = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(g) for g in grads])
+    ).item()
     if 0 < largest < norm:
         for g in grads:
             g.mul_(largest / norm)
@@ -96,11 +98,17 @@ def to(batch: Batch, device: torch.device) -> Batch:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA if there is one, else Apple's MPS, else the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, found in there.items() if found)
     if not there[name]:
-        raise UserError(f"--device {name}: there is none on this machine; --device cpu always works")
+        raise UserError(
+            f"--device {name}: there is none on this machine; --device cpu always works"
+        )
     return torch.device(name)
 
 

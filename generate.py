@@ -1,0 +1,274 @@
+"""Text from a model, one token at a time, with a cache of what it has already looked at.
+
+Idea: to write a token the model needs the keys and values of all tokens before it. They do not change,
+so they are kept: a new token costs one row of work instead of the whole text again. Which token is
+taken is a choice: the likeliest (greedy), or one drawn from the probabilities, sharpened by a
+temperature and cut to the top k or to the smallest set that holds the share p.
+
+Run: python generate.py                              three samples from the newest run
+     python generate.py --prompt "Return the" --samples 2 --temperature 0.7
+     python generate.py --prompt "Return the" --greedy
+
+Papers: Fan et al. 2018, top-k (arXiv 1805.04833); Holtzman et al. 2020, top-p (arXiv 1904.09751);
+Pope et al. 2023, the cache (arXiv 2211.05102).
+
+Letters: B samples at once · T new tokens · S tokens in the cache · V vocabulary.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from attention import KeyValue, Mask
+from model import ModelConfig, Transformer
+from run import RUNS, Run, UserError, generator, load_tensors, main
+from step import pick_device
+from tokenizer import BPE
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.8  # logits are divided by it: below 1 sharper, above 1 flatter
+    top_k: int = 0  # only the k likeliest; 0: all
+    top_p: float = 0.95  # only the fewest likeliest that together hold this share; 1: all
+    greedy: bool = False  # always the likeliest
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature} must be above 0 (or use --greedy)")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--top-k must be 0 or more, and --top-p above 0 and at most 1")
+
+
+# --- choosing a token -------------------------------------------------------------------------------
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """−∞ for all but the k largest of each row (… V); of equal ones the lowest ids stay."""
+    order = logits.argsort(stable=True, dim=-1, descending=True)
+    return logits.scatter(-1, order[..., k:], -torch.inf)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """−∞ outside the nucleus: the fewest likeliest tokens whose probabilities sum to at least p."""
+    order = logits.argsort(stable=True, dim=-1, descending=True)
+    probability = logits.softmax(-1).gather(-1, order)
+    outside = probability.cumsum(-1) - probability >= p  # those before it already hold p
+    return logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+
+
+def distribution(logits: Tensor, how: Sampling) -> Tensor:
+    """The probabilities (B V) from which a token is drawn: temperature, then top-k, then top-p."""
+    if how.greedy:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    logits = logits.double() / how.temperature
+    if how.top_k:
+        logits = top_k(logits, how.top_k)
+    if how.top_p < 1:
+        logits = top_p(logits, how.top_p)
+    return logits.softmax(-1)
+
+
+def draw(probability: Tensor, u: Tensor) -> Tensor:
+    """The token where the running sum of probabilities (B V) first exceeds u · total, 0 ≤ u < 1 (B)."""
+    total = probability.cumsum(-1)
+    token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+    last = total.shape[-1] - 1 - probability.flip(-1).gt(0).to(torch.uint8).argmax(-1)
+    return token.minimum(last)  # rounding must not reach a token of probability 0
+
+
+# --- the cache --------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Room for the keys and values of `capacity` tokens in every layer; layers read, this one writes."""
+
+    def __init__(self, model: Transformer, B: int, capacity: int):
+        self.capacity, self.length = capacity, 0
+        config, like = model.config, model.embedding
+        shape = (config.layers, 2, B, config.kv_heads_or_heads, capacity, config.head_dim)
+        self.buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def past(self) -> list[KeyValue]:
+        return [(k, v) for k, v in self.buffer[..., : self.length, :]]
+
+    def append(self, new: list[KeyValue]) -> None:
+        T = new[0][0].shape[2]
+        for layer, (k, v) in zip(self.buffer, new, strict=True):
+            layer[0, :, :, self.length : self.length + T] = k
+            layer[1, :, :, self.length : self.length + T] = v
+        self.length += T
+
+
+def next_logits(model: Transformer, cache: Cache, ids: Tensor, pads: Tensor) -> Tensor:
+    """Logits (B V) after ids (B T), which go into the cache. pads (B): rows are filled on the left.
+
+    A row with n pads has its first real token at position 0 and never sees the pads.
+    """
+    place = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)[None]
+    mask = Mask(pads[:, None].expand(-1, ids.shape[1]), place.expand(len(ids), -1))
+    positions = (place - pads[:, None]).clamp(min=0)
+    hidden, new = model.extend(ids, cache.past(), positions, mask)
+    cache.append(new)
+    return model.logits(hidden[:, -1])
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    tokens: int,
+    how: Sampling,
+    stop: set[int],
+    seed: int,
+) -> Iterator[list[int | None]]:
+    """Continue each prompt by at most `tokens` tokens; yields one token a prompt, None where it ended.
+
+    A sample ends at a stop token, which is yielded too; all end when the longest prompt and its text
+    have filled the context.
+    Sample i draws from its own stream of randomness, whatever stands beside it.
+    """
+    longest, room = max(map(len, prompts)), model.config.context
+    if min(map(len, prompts)) == 0:
+        raise UserError("a prompt must have at least one token, such as the end of text")
+    if longest > room:
+        raise UserError(
+            f"the prompt has {longest} tokens, more than the model's context of {room}: shorten it"
+        )
+    device = model.embedding.device
+    pads = torch.tensor([longest - len(p) for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    cache = Cache(model, len(prompts), min(room, longest + tokens))
+    streams = [generator(seed, "sample", i) for i in range(len(prompts))]
+    done = [False] * len(prompts)
+    for _ in range(min(tokens, room - longest + 1)):
+        logits = next_logits(model, cache, ids, pads)
+        u = torch.stack([torch.rand((), dtype=torch.float64, generator=s) for s in streams])
+        ids = draw(distribution(logits, how).cpu(), u)[:, None].to(device)
+        chosen = ids[:, 0].tolist()
+        yield [None if ended else t for ended, t in zip(done, chosen, strict=True)]
+        done = [ended or t in stop for ended, t in zip(done, chosen, strict=True)]
+        if all(done):
+            return
+
+
+# --- loading ----------------------------------------------------------------------------------------
+
+
+def model_config(values: object, where: Path) -> ModelConfig:
+    """The settings of a model from a config.json; UserError where they are none."""
+    known = asdict(ModelConfig())
+    if not isinstance(values, dict) or set(values) - set(known):
+        raise UserError(f"{where} does not describe a model of this program")
+    for name, value in values.items():
+        if type(value) is not type(known[name]):
+            raise UserError(f"{where}: model.{name} cannot be {value!r}")
+    return ModelConfig(**values)
+
+
+def load_weights(model: Transformer, path: Path) -> None:
+    """Fill a model from model.safetensors; UserError if names or shapes are others."""
+    tensors, own = load_tensors(path), model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        have, want = (tuple(d[name].shape) if name in d else None for d in (tensors, own))
+        if have != want:
+            raise UserError(f"{path} does not fit its config.json: {name} is {have}, not {want}")
+    model.load_state_dict(tensors)
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> BPE:
+    """The tokenizer of a run; UserError if it is damaged or not the one the model was trained with."""
+    try:
+        tokenizer = BPE.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens but the model was trained with {vocab_size}: "
+            "this is not its tokenizer"
+        )
+    return tokenizer
+
+
+def load(run: Run, device: torch.device) -> tuple[Transformer, BPE]:
+    """A run's newest whole checkpoint and its tokenizer."""
+    config = model_config(run.config().get("model"), run.folder / "config.json")
+    tokenizer = load_tokenizer(run.folder / "tokenizer.json", config.vocab_size)
+    model = Transformer(config)
+    load_weights(model, run.newest() / "model.safetensors")
+    return model.to(device).eval(), tokenizer
+
+
+# --- the script -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generate(Sampling):
+    """Write text with a trained model."""
+
+    run: str = (
+        ""  # a run's name or folder; empty: the newest (a small one is trained if there is none)
+    )
+    prompt: str = ""  # what the text begins with; empty: the beginning of a document
+    samples: int = 3  # texts written at once
+    tokens: int = 200  # longest text, in tokens
+    stop: tuple[str, ...] = ()  # further texts, each one token, that end a sample
+    seed: int = 0  # of the choices
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.samples < 1 or self.tokens < 1:
+            raise UserError("--samples and --tokens must be at least 1")
+
+
+def stop_tokens(tokenizer: BPE, texts: tuple[str, ...]) -> set[int]:
+    stop = {tokenizer.end_of_text}
+    for text in texts:
+        ids = tokenizer.encode(text, special="ids")
+        if len(ids) != 1:
+            raise UserError(f"--stop {text!r} is {len(ids)} tokens; it must be one")
+        stop.update(ids)
+    return stop
+
+
+def write(model: Transformer, tokenizer: BPE, config: Generate) -> None:
+    """Print the samples: a single one while it is written, several when all are."""
+    start = [tokenizer.end_of_text, *tokenizer.encode(config.prompt)]
+    stop = stop_tokens(tokenizer, config.stop)
+    steps = generate(model, [start] * config.samples, config.tokens, config, stop, config.seed)
+    if config.samples == 1:
+        ids = (token for (token,) in steps if token is not None and token not in stop)
+        print(config.prompt, end="", flush=True)
+        for text in tokenizer.decode_stream(ids):
+            print(text, end="", flush=True)
+        print()
+        return
+    steps = list(tqdm(steps, "writing", config.tokens, leave=False, disable=None))
+    for number, column in enumerate(zip(*steps, strict=True), 1):
+        ids = [token for token in column if token is not None and token not in stop]
+        print(f"--- {number} ---\n{config.prompt}{tokenizer.decode(ids)}\n")
+
+
+def script() -> None:
+    config = tyro.cli(Generate)
+    if not config.run and not any(RUNS.glob("*/config.json")):
+        print("there is no run yet: training a small model first, python train.py --steps 200\n")
+        train = Path(__file__).with_name("train.py")
+        if code := subprocess.run([sys.executable, str(train), "--steps", "200"]).returncode:
+            sys.exit(code)
+    model, tokenizer = load(Run.open(config.run), pick_device(config.device))
+    write(model, tokenizer, config)
+
+
+if __name__ == "__main__":
+    main(script)

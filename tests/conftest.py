@@ -1,0 +1,30 @@
+"""Profiles of Hypothesis, and what all tests share.
+
+The default draws the same few examples each time; `HYPOTHESIS_PROFILE=thorough pytest` draws many new
+ones.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "default", max_examples=12, derandomize=True, deadline=None, suppress_health_check=slow
+)
+settings.register_profile("thorough", max_examples=300, deadline=None, suppress_health_check=slow)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def float64_is_asked_for():
+    """Tests say which dtype they mean; none may leave another default behind."""
+    yield
+    assert torch.get_default_dtype() == torch.float32

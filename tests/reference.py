@@ -1,0 +1,106 @@
+"""The mathematics, slow and obvious, in NumPy float64: one loop for each index that a paper writes.
+
+Nothing here imports from the project: a mistake would have to be made twice to go unseen.
+"""
+
+import math
+
+import numpy as np
+
+# --- attention --------------------------------------------------------------------------------------
+
+
+def attend(q, k, v, lo, hi, scale):
+    """One query at a time (Vaswani et al. 2017, eq. 1); query head h uses key-value head h·K//H."""
+    (B, H, T, _), K = q.shape, k.shape[1]
+    out = np.zeros(q.shape)
+    for b, h, t in np.ndindex(B, H, T):
+        first, last = max(lo[b, t], 0), min(hi[b, t], k.shape[2] - 1)
+        if first > last:
+            continue
+        keys, values = k[b, h * K // H, first : last + 1], v[b, h * K // H, first : last + 1]
+        scores = scale * keys @ q[b, h, t]
+        weights = np.exp(scores - scores.max())
+        out[b, h, t] = weights / weights.sum() @ values
+    return out
+
+
+def rope(x, position, base):
+    """One vector x (D) at one position: the pair (i, i + D/2) turned by position·base^(−2i/D)."""
+    D = len(x)
+    out = np.zeros(D)
+    for i in range(D // 2):
+        angle = position * base ** (-2 * i / D)
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        out[[i, i + D // 2]] = turn @ x[[i, i + D // 2]]
+    return out
+
+
+# --- parts of the model -----------------------------------------------------------------------------
+
+
+def rmsnorm(x, w, eps):
+    return np.stack([row / math.sqrt((row**2).mean() + eps) * w for row in x])
+
+
+def layernorm(x, w, b, eps):
+    return np.stack([(row - row.mean()) / math.sqrt(row.var() + eps) * w + b for row in x])
+
+
+def gelu(x):
+    """x · Φ(x), Φ the normal distribution function (Hendrycks and Gimpel 2016)."""
+    return np.array(
+        [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.ravel()]
+    ).reshape(x.shape)
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def cross_entropy(hidden, weight, targets, ignore):
+    """Σ −log softmax(W h)[target], one token at a time."""
+    total = 0.0
+    for h, target in zip(hidden, targets, strict=True):
+        if target != ignore:
+            logits = weight @ h
+            total += math.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[target]
+    return total
+
+
+# --- optimizers -------------------------------------------------------------------------------------
+
+
+def adamw(p, grads, lr, beta1, beta2, eps, decay):
+    """All updates of one array by Algorithm 2 of Loshchilov and Hutter 2019, with η = lr."""
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        p = p - lr * (m_hat / (np.sqrt(v_hat) + eps) + decay * p)
+    return p
+
+
+def orthogonal_factor(G):
+    """U Vᵀ of the singular value decomposition G = U S Vᵀ."""
+    U, _, V = np.linalg.svd(G, full_matrices=False)
+    return U @ V
+
+
+# --- sampling ---------------------------------------------------------------------------------------
+
+
+def nucleus(probabilities, p):
+    """The ids of the smallest set of likeliest tokens whose probabilities sum to at least p."""
+    chosen, total = set(), 0.0
+    for i in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
+        if total >= p:
+            break
+        chosen.add(i)
+        total += probabilities[i]
+    return chosen
