@@ -25,9 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Mask, attend
+from kernels.elementwise import rotate
+from kernels.norm import rmsnorm
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each (B K S D)
 Rotation = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, each (B T D/2)
+
+UNIT_EPS = 1e-6  # in the norm of queries and keys
 
 ATTENTIONS = {"full": attend}
 
@@ -108,13 +112,6 @@ class Rope(NoPosition):
         return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """(x₁, x₂) ↦ (x₁ cos − x₂ sin, x₂ cos + x₁ sin), x (B T H D) in two halves along D."""
-    cos, sin = (part[:, :, None].to(x.dtype) for part in rotation)  # B T 1 D/2
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
-
-
 POSITIONS = {
     "rope": lambda config: Rope(config.head_dim, config.rope_base),
     "learned": lambda config: Learned(config.dim, config.context),
@@ -152,17 +149,12 @@ class Attention(nn.Module):
             for linear in (self.query, self.key, self.value)
         )
         if self.qk_norm:
-            q, k = unit(q), unit(k)
+            q, k = (rmsnorm(part, part.new_ones(self.head_dim), UNIT_EPS) for part in (q, k))
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # B H T D
         new = (k, v)
         if past is not None:
             k, v = (torch.cat((old, part), 2) for old, part in zip(past, new, strict=True))
         out = self.attend(q, k, v, mask, self.head_dim**-0.5)
         return self.output(out.transpose(1, 2).flatten(2)), new
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / rms(x) along the last axis: queries and keys of one length, so that no score can explode."""
-    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)

@@ -21,16 +21,19 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
 import tyro
 from tqdm import tqdm
@@ -122,10 +125,10 @@ def prose(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if text := ast.get_docstring(node):
                 yield node.body[0].lineno, text
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
             in_string.update(range(node.lineno, node.end_lineno + 1))
     block: list[str] = []
-    for number, line in enumerate([*source.splitlines(), ""], 1):
+    for number, line in enumerate([*source.split("\n"), ""], 1):
         comment = line.strip()
         if comment.startswith("#") and number not in in_string:
             block.append(comment.lstrip("#").removeprefix(" "))
@@ -138,21 +141,21 @@ def files_of(path: str) -> list[Path]:
     """The files that --data.path names, in a fixed order; UserError if it names none."""
 
     def known(p: Path) -> bool:
-        return p.is_file() and p.name.removesuffix(".gz").endswith(SUFFIXES)
+        return os.path.isfile(p) and p.name.removesuffix(".gz").endswith(SUFFIXES)
 
-    place = Path(path).expanduser()
-    if place.is_file():
+    place = Path(os.path.expanduser(path))
+    if os.path.isfile(place):
         if not known(place):
             raise UserError(
                 f"{place}: text files end in {', '.join(SUFFIXES)} (or one of these + .gz)"
             )
         return [place]
-    if place.is_dir():
+    if os.path.isdir(place):
         files = sorted(p for p in place.rglob("*") if known(p))
-    else:
-        files = sorted(p for p in map(Path, glob.glob(str(place), recursive=True)) if known(p))
+    else:  # a set, because a pattern with two ** finds a file twice
+        files = sorted(p for p in {*map(Path, glob.glob(str(place), recursive=True))} if known(p))
     if not files:
-        what = "holds no" if place.exists() else "is no file or folder and matches no"
+        what = "holds no" if os.path.exists(place) else "is no file or folder and matches no"
         raise UserError(f"--data.path {path} {what} {', '.join(SUFFIXES)} file (or .gz of these)")
     return files
 
@@ -161,9 +164,10 @@ def read_file(path: Path) -> Iterator[Document]:
     """One document a file, or split at <|endoftext|>; a .jsonl file holds one a line, under "text"."""
     text = read_text(path)
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield Document(text_field(line, f"{path}:{number}"), f"{path}:{number}")
+        for number, line in enumerate(text.split("\n"), 1):  # JSON may hold U+2028, for example
+            where = f"{path}:{number}"
+            if line.strip() and (part := text_field(line, where)).strip():
+                yield Document(part, where)
     elif END_OF_TEXT in text:
         for number, part in enumerate(text.split(END_OF_TEXT), 1):
             if part.strip():
@@ -181,7 +185,7 @@ def read_text(path: Path) -> str:
     if b"\0" in data:
         raise UserError(f"{path} is binary, not text: there is a zero byte at {data.index(0)}")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start} has no meaning; "
@@ -212,7 +216,8 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
 def held_out(documents: Iterable[Document], share: float) -> np.ndarray:
     """Which documents are held out: those whose text hashes into the lowest `share` of all hashes.
 
-    At least one, and never all: if the hashes leave a side empty, the lowest or highest one goes there.
+    At least one, and never all: if the hashes leave a side empty, the lowest or highest one goes there
+    (only then can a document added later take its place).
     """
     marks = np.array(
         [
@@ -258,6 +263,8 @@ class Shards:
         files = sorted(folder.glob(f"{name}-*.bin"))
         self.files = [np.memmap(path, dtype, "r") for path in files if path.stat().st_size]
         self.borders = np.cumsum([0, *map(len, self.files)])
+        if (self.lengths < 1).any() or offsets[0] or offsets[-1] != self.borders[-1]:
+            raise ValueError(f"the lengths of the {name} documents do not fit their tokens")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -321,18 +328,29 @@ def prepare(
     ).hexdigest()
     folder = cache / key
     if not (folder / "meta.json").is_file():
-        draft = cache / f".{key}.draft"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        tokenize(config, cutting, tokenizer, draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        make(folder, lambda out: tokenize(config, cutting, tokenizer, out))
     try:
         tokenizer = BPE.load(folder / "tokenizer.json")
         train, held = Shards(folder, "train"), Shards(folder, "held")
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"the token files in {folder} are damaged, delete them: {error}") from None
     return Corpus(tokenizer, train, held, read_json(folder / "meta.json"))
+
+
+def make(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, which appears whole or not at all, also if several processes do so."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(".draft", f".{folder.name}.", folder.parent) as draft:
+            out = Path(draft, "tokens")
+            out.mkdir()
+            write(out)
+            if not (folder / "meta.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                out.rename(folder)
+    except OSError as error:
+        if not (folder / "meta.json").is_file():  # else another process was faster
+            raise UserError(f"cannot write the token files in {folder}: {error}") from None
 
 
 def identity(config: DataConfig) -> list:
@@ -350,6 +368,11 @@ def tokenize(
     held = held_out(again(), config.held_out)
     if not len(held):
         raise UserError(f"there is no text in {config.path}: every file is empty")
+    if len(held) > 1 and held.all() == held.any():
+        raise UserError(
+            f"{config.path} holds {len(held)} copies of one document, so that none can be held out: "
+            "give more text, or only one copy"
+        )
     if tokenizer is None:
         tokenizer = make_tokenizer(
             (d.text for d, out_ in split(again(), held) if not out_), cutting
@@ -360,7 +383,7 @@ def tokenize(
     fast = tokenizer.to_tiktoken()
     parts = split(tqdm(again(), "tokens", len(held), leave=False, disable=None, unit="doc"), held)
     while batch := list(islice(parts, 512)):
-        ids = fast.encode_ordinary_batch([document.text for document, _ in batch], num_threads=2)
+        ids = encode(tokenizer, fast, [document.text for document, _ in batch])
         for (document, is_held), tokens in zip(batch, ids, strict=True):
             data = document.text.encode()
             writers[is_held].write(tokens, len(data))
@@ -378,6 +401,14 @@ def tokenize(
             "lzma_bits_per_byte": 8 * squeezed / max(1, validation["bytes"]),
         },
     )
+
+
+def encode(tokenizer: BPE, fast: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
+    """Ids of texts in which nothing is special; tiktoken gives up on, say, a million blanks in a row."""
+    try:
+        return fast.encode_batch(texts, num_threads=2, disallowed_special=())
+    except ValueError:
+        return [tokenizer.encode(text) for text in texts]
 
 
 def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> BPE:
@@ -481,7 +512,7 @@ class Stream:
         """The next B rows."""
         rows: list[list[Piece]] = []
         while len(rows) < B:
-            if self.row == len(self.rows):
+            if self.row >= len(self.rows):
                 self.seek(self.epoch + 1, 0)
             new = self.rows[self.row : self.row + B - len(rows)]
             rows += new

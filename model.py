@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import POSITIONS, Attention, KeyValue, Linear, Mask, Rotation, causal_mask
+from kernels.norm import rmsnorm
 from run import UserError, generator
 
 # --- settings ---------------------------------------------------------------------------------------
@@ -113,9 +114,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + self.eps)
-        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
+        return rmsnorm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -266,6 +265,89 @@ def initialize(model: Transformer, seed: int) -> None:
         std = 0.02 if name in ("embedding", "position.table") else p.shape[1] ** -0.5
         std = 0.0 if name.endswith(("output.weight", "down.weight")) or name == "head" else std
         p.data.copy_(torch.randn(p.shape, generator=rng) * std)
+
+
+# --- Hugging Face's names ---------------------------------------------------------------------------
+
+LLAMA = {
+    "embedding": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "norm": "model.norm",
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+    "layers": "model.layers",
+}
+GPT2_NAMES = {
+    "embedding": "transformer.wte.weight",
+    "position.table": "transformer.wpe.weight",
+    "norm": "transformer.ln_f",
+    "attention_norm": "ln_1",
+    "attention.query": "attn.c_attn/0",  # part 0 of three that stand side by side
+    "attention.key": "attn.c_attn/1",
+    "attention.value": "attn.c_attn/2",
+    "attention.output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn.up": "mlp.c_fc",
+    "ffn.down": "mlp.c_proj",
+    "layers": "transformer.h",
+}
+
+
+def llama_config(hf: dict) -> ModelConfig:
+    return ModelConfig(
+        dim=hf["hidden_size"], layers=hf["num_hidden_layers"], heads=hf["num_attention_heads"],
+        kv_heads=hf["num_key_value_heads"], context=hf["max_position_embeddings"],
+        vocab_size=hf["vocab_size"], ffn_dim=hf["intermediate_size"], qk_norm=False,
+        tied=hf["tie_word_embeddings"], norm_eps=hf["rms_norm_eps"],
+        rope_base=float(hf["rope_parameters"]["rope_theta"]),
+    )  # fmt: skip
+
+
+def gpt2_config(hf: dict) -> ModelConfig:
+    shape = {"dim": hf["n_embd"], "layers": hf["n_layer"], "heads": hf["n_head"]}
+    sizes = {"context": hf["n_positions"], "vocab_size": hf["vocab_size"]}
+    return ModelConfig("gpt2", **shape, **{**GPT2, **sizes}, norm_eps=hf["layer_norm_epsilon"])
+
+
+def from_hugging_face(hf: dict, tensors: dict[str, Tensor]) -> Transformer:
+    """A Llama or GPT-2 of Hugging Face's transformers, from its config.json and its tensors by name."""
+    llama = hf["model_type"] == "llama"
+    model = Transformer(llama_config(hf) if llama else gpt2_config(hf))
+    table = LLAMA if llama else GPT2_NAMES
+    for name, p in model.named_parameters():
+        theirs, part = hugging_face_name(name, table)
+        x = tensors[theirs]
+        if not llama and p.dim() == 2 and is_in_block(name):
+            x = x.T  # GPT-2's linears are stored (in out)
+        p.data.copy_(x if part is None else x.chunk(3)[part])
+    return model
+
+
+def is_in_block(name: str) -> bool:
+    return name.startswith("layers.")
+
+
+def hugging_face_name(name: str, table: dict[str, str]) -> tuple[str, int | None]:
+    """Their name for one of our parameters, and which third of it ours is, or None for all of it."""
+    if name in table:
+        return table[name], None
+    layer = ""
+    if is_in_block(name):
+        _, number, name = name.split(".", 2)
+        layer = f"{table['layers']}.{number}."
+    module, kind = name.rsplit(".", 1)
+    theirs, _, part = table[module].partition("/")
+    return f"{layer}{theirs}.{kind}", int(part) if part else None
+
+
+# --- counting ---------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> int:

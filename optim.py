@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 15  # weights at a time on a CPU: all five arrays of an AdamW update stay in the cache
+CHUNK = 1 << 16  # weights at a time on a CPU: all five arrays of an AdamW update stay in the cache
 
 
 @dataclass(frozen=True)

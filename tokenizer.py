@@ -3,8 +3,8 @@
 Idea: a model reads integers. BPE starts from the 256 bytes, so that no text is ever unknown, and
 gives the commonest pair of neighbours an id of its own, again and again: `t h` becomes `th`, then
 `th e` becomes `the`. To encode, the merges are replayed in the order in which they were learnt.
-A regular expression first cuts the text into pieces (about a word and the blank before it). No merge
-crosses a piece, so that training needs only the different pieces and their counts.
+A regular expression first cuts the text into pieces (about a word and the blank before it). No
+merge crosses a piece, so that training needs only the different pieces and their counts.
 
     count_pieces -> learn_merges -> BPE.encode, BPE.decode -> BPE.save, BPE.load (tokenizer.json)
 
@@ -48,7 +48,7 @@ CACHED_PIECES = 1 << 18  # pieces whose ids are remembered
 Pair = tuple[int, int]
 Ranks = Mapping[Pair, tuple[int, int]]  # pair -> (rank: the lower merges first, id of the result)
 
-# --- text -> pieces ---------------------------------------------------------------------------------
+# --- text -> pieces -------------------------------------------------------------------------------
 
 # gpt2 stands as it was published; gpt4 cuts as tiktoken's cl100k does, in a spelling that Python's
 # regex, Rust's fancy_regex (tiktoken) and Oniguruma (Hugging Face) read alike.
@@ -75,13 +75,13 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
         raise ValueError(f"the split pattern {short(pattern)} is wrong: {error}") from None
     if everywhere.groups:
         raise ValueError(f"the split pattern {short(pattern)} captures: write (?:…) and not (…)")
+    proven = pattern in ASCII_PATTERNS  # to leave nothing out
     in_ascii = re.compile(ASCII_PATTERNS.get(pattern, ""), re.ASCII)
 
     def split(text: str) -> list[str]:
         text.encode()  # a lone surrogate is a ValueError here, with its position
-        fast = pattern in ASCII_PATTERNS and text.isascii()
-        pieces = (in_ascii if fast else everywhere).findall(text)
-        if sum(map(len, pieces)) != len(text):
+        pieces = (in_ascii if proven and text.isascii() else everywhere).findall(text)
+        if not proven and sum(map(len, pieces)) != len(text):
             raise ValueError(f"the split pattern {short(pattern)} leaves out parts of the text")
         return pieces
 
@@ -108,7 +108,7 @@ def count_pieces(
     return counts
 
 
-# --- pieces -> merges -------------------------------------------------------------------------------
+# --- pieces -> merges -----------------------------------------------------------------------------
 
 
 def pair_counts(words: Mapping[tuple[int, ...], int]) -> Counter[Pair]:
@@ -170,13 +170,13 @@ def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
     heapq.heapify(heap)
     while heap:
         count, pair = heapq.heappop(heap)
-        left, right = map(ord, pair)
-        token = tokens[left] + tokens[right]
-        if token in known:
-            continue
         if pairs[pair] != -count:
             if pairs[pair]:
                 heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        left, right = map(ord, pair)
+        token = tokens[left] + tokens[right]
+        if token in known:
             continue
         yield (left, right), -count
         new = chr(len(tokens))
@@ -212,7 +212,7 @@ def seams(parts: list[str], pair: str, new: str) -> Iterator[tuple[str, str]]:
             yield pair[1] + pair[0], new + new
 
 
-# --- merges -> ids of a piece -----------------------------------------------------------------------
+# --- merges -> ids of a piece ---------------------------------------------------------------------
 
 
 def apply_merges(ids: list[int], ranks: Ranks) -> list[int]:
@@ -232,7 +232,7 @@ def apply_merges_to_long(ids: list[int], ranks: Ranks) -> list[int]:
     """The same in O(n log n): a linked list of ids, and a heap of (rank, place)."""
     n = len(ids)
     ids = [*ids, None]  # None, the end and whatever was swallowed, is in no pair with a rank
-    before, after = list(range(-1, n)), list(range(1, n + 2))
+    before, after = [*range(-1, n)], [*range(1, n + 1), n]
     heap: list[tuple[int, int]] = []
 
     def offer(at: int) -> None:
@@ -255,7 +255,7 @@ def apply_merges_to_long(ids: list[int], ranks: Ranks) -> list[int]:
     return [id for id in ids if id is not None]
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------
+# --- the tokenizer --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -384,8 +384,8 @@ class BPE:
             return b"".join([self._bytes[id] for id in ids])
         except KeyError as error:
             raise ValueError(
-                f"id {error} is not among the {self.vocab_size} of this vocabulary: decode with the "
-                "tokenizer that encoded"
+                f"id {error} is not among the {self.vocab_size} of this vocabulary: decode with "
+                "the tokenizer that encoded"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -441,7 +441,7 @@ class BPE:
         return cls.train([], 256 + len(special), special=sorted(special))
 
 
-# --- tokenizer.json ---------------------------------------------------------------------------------
+# --- tokenizer.json -------------------------------------------------------------------------------
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -492,22 +492,17 @@ def to_json(bpe: BPE) -> dict[str, Any]:
 def from_json(file: Any) -> BPE:
     """The tokenizer that a tokenizer.json describes; ValueError if it is not one like ours."""
     match file:
-        case {
-            "model": {"vocab": dict(vocab), "merges": list(merges), **model},
-            "added_tokens": list(added),
-            "pre_tokenizer": dict(steps),
-            **rest,
-        }:
-            pass
+        case {"model": dict(model), "added_tokens": list(added), "pre_tokenizer": dict(steps)}:
+            vocab, merges = model.get("vocab"), model.get("merges")
         case _:
-            raise ValueError(
-                "added_tokens, pre_tokenizer, or a model with vocab and merges is missing"
-            )
+            raise ValueError("it has no model, no added_tokens or no pre_tokenizer")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ValueError("its model has no vocab or no merges")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise ValueError(f"its model has a {key}")
-    if model.get("type", "BPE") != "BPE" or rest.get("normalizer"):
-        raise ValueError("its model is not BPE, or a normalizer changes the text before")
+    if model.get("type", "BPE") != "BPE" or file.get("normalizer"):
+        raise ValueError("its model is not BPE, or a normalizer changes the text first")
     special = dict(map(read_special, added))
     if len(special) != len(added):
         raise ValueError("an added token is listed twice")
@@ -562,16 +557,14 @@ def read_pattern(steps: dict[str, Any]) -> str:
     raise ValueError("its pre_tokenizer is neither GPT-2's ByteLevel nor Split, then ByteLevel")
 
 
-# --- the idea, shown --------------------------------------------------------------------------------
+# --- the idea, shown ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
     """Learn a small vocabulary from Python's own manual, then show how it cuts a text."""
 
-    text: str = (
-        "Tokenizers cut 12345 naïve sentences into strings that often occur together."  # to cut
-    )
+    text: str = "Tokenizers cut 12345 naïve sentences into strings that often occur."  # what to cut
     vocab_size: int = 2048  # bytes, merges and one special token
     pattern: str = "gpt4"  # which pieces no merge crosses: gpt2, gpt4 or a regular expression
     file: str = ""  # a tokenizer.json to cut with, instead of learning
@@ -579,13 +572,13 @@ class Settings:
 
 def learn_from_manual(vocab_size: int, pattern: str) -> BPE:
     counts = count_pieces(topics.values(), pattern)
-    print(f"Python's manual: {sum(counts.values()):,} pieces, of which {len(counts):,} differ.")
+    print(f"Python's manual: {sum(counts.values()):,} pieces, {len(counts):,} different ones.")
     print("The first merges:\n\n  count    id  token")
     tokens = [bytes([byte]) for byte in range(256)]
     for (left, right), count in islice(learn_merges(counts), 12):
         tokens.append(tokens[left] + tokens[right])
-        parts = f"{tokens[left].decode()!r} + {tokens[right].decode()!r}"
-        print(f"{count:7,} {len(tokens) - 1:5}  {tokens[-1].decode()!r:8} = {parts}")
+        new, *parts = (tokens[id].decode(errors="replace") for id in (-1, left, right))
+        print(f"{count:7,} {len(tokens) - 1:5}  {new!r:8} = {parts[0]!r} + {parts[1]!r}")
     return BPE.train(topics.values(), vocab_size, pattern)
 
 
@@ -593,14 +586,18 @@ def show_cut(bpe: BPE, text: str) -> None:
     ids = bpe.encode(text)
     size = f"{len(text)} characters, {len(text.encode())} bytes, {len(ids)} tokens"
     print(f"\n{text}\n\n{size}: {len(text) / max(1, len(ids)):.2f} characters per token.\n")
+    print("     id  token          bytes")
     for id in ids:
         token = bpe.decode_bytes([id])
         print(f"{id:7}  {token.decode(errors='replace')!r:14} {token.hex(' ')}")
 
 
 def main(settings: Settings) -> None:
-    learn = BPE.load(settings.file) if settings.file else None
-    show_cut(learn or learn_from_manual(settings.vocab_size, settings.pattern), settings.text)
+    if settings.file:
+        bpe = BPE.load(settings.file)
+    else:
+        bpe = learn_from_manual(settings.vocab_size, settings.pattern)
+    show_cut(bpe, settings.text)
 
 
 if __name__ == "__main__":

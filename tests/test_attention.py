@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels.attention as blocked
-from attention import Attention, Rope, causal_mask, document_mask, rotate
+from attention import Attention, Rope, causal_mask, document_mask
 from kernels.attention import Mask, attend, attend_obvious, dense
+from kernels.elementwise import rotate
 from model import ModelConfig
 
 size = st.integers(1, 9)
@@ -116,7 +117,7 @@ def test_document_mask_sees_its_own_document_and_no_other(seed, T):
 @given(seeds, st.integers(1, 6), st.integers(0, 3000), st.floats(10, 1e6))
 def test_rope_is_the_paper(seed, half, position, base):
     (x,) = normals(seed, (1, 1, 1, 2 * half))
-    got = rotate(x, Rope(2 * half, base).rotation(torch.tensor([[position]])))[0, 0, 0]
+    got = rotate(x, *Rope(2 * half, base).rotation(torch.tensor([[position]])))[0, 0, 0]
     # the angle is computed in fp32, as in every checkpoint trained so far
     assert_close(got, reference.rope(array(x[0, 0, 0]), position, base), 3e-7 * (position + 10))
 
@@ -127,7 +128,7 @@ def test_rope_scores_depend_on_the_distance_only(seed, m, n, shift):
 
     def score(m, n):
         rope = Rope(8, 10_000.0)
-        turned = [rotate(x, rope.rotation(torch.tensor([[p]]))) for x, p in ((q, m), (k, n))]
+        turned = [rotate(x, *rope.rotation(torch.tensor([[p]]))) for x, p in ((q, m), (k, n))]
         return (turned[0] * turned[1]).sum()
 
     assert_close(score(m, n), score(m + shift, n + shift), 1e-3)

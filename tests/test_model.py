@@ -1,0 +1,256 @@
+"""Laws of model.py: its parts against the papers, the whole against transformers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+import torch
+from helpers import array, assert_close, normals, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+import model as model_file
+from attention import POSITIONS, document_mask
+from generate import Cache, next_logits
+from model import (
+    ACTIVATIONS,
+    NORMS,
+    PRESETS,
+    ModelConfig,
+    Transformer,
+    count_parameters,
+    from_hugging_face,
+    training_flops,
+)
+from run import UserError
+
+size = st.integers(1, 9)
+SMALL = ModelConfig(dim=16, layers=2, heads=4, context=12, vocab_size=11)
+configs = st.builds(
+    replace,
+    st.just(SMALL),
+    kv_heads=st.sampled_from([0, 1, 2]),
+    position=st.sampled_from(sorted(POSITIONS)),
+    norm=st.sampled_from(sorted(NORMS)),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    bias=st.booleans(),
+    tied=st.booleans(),
+    qk_norm=st.booleans(),
+)
+
+
+def random_model(config, seed):
+    """A model in float64 whose every weight, the zeros of the start too, is a normal number."""
+    model = Transformer(config, seed).double()
+    for p, x in zip(
+        model.parameters(), normals(seed, *(p.shape for p in model.parameters())), strict=True
+    ):
+        p.data.copy_(0.3 * x.detach() + (p.dim() == 1))
+    return model
+
+
+def random_ids(config, seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, config.vocab_size, shape))
+
+
+# --- parts ------------------------------------------------------------------------------------------
+
+
+@given(seeds, size, size, st.floats(1e-8, 1e-2))
+def test_norms_are_the_papers(seed, T, C, eps):
+    x, w, b = normals(seed, (T, C), (C,), (C,))
+    for name, want in (
+        ("rmsnorm", reference.rmsnorm(array(x), array(w), eps)),
+        ("layernorm", reference.layernorm(array(x), array(w), array(b), eps)),
+    ):
+        norm = NORMS[name](C, eps, bias=True).double()
+        norm.weight.data.copy_(w)
+        if name == "layernorm":
+            norm.bias.data.copy_(b)
+        assert_close(norm(x), want, 1e-11)
+
+
+@given(seeds, size)
+def test_activations_are_the_papers(seed, F):
+    up, gate = normals(seed, (F,), (F,))
+    a, b = array(up), array(gate)
+    assert_close(ACTIVATIONS["gelu"].bend(up), reference.gelu(a))
+    assert_close(ACTIVATIONS["gelu_tanh"].bend(up), reference.gelu_tanh(a))
+    assert_close(ACTIVATIONS["swiglu"].bend(up, gate), reference.silu(b) * a)
+
+
+def test_gated_feed_forwards_hold_as_many_weights_as_plain_ones():
+    gated, plain = (
+        replace(SMALL, dim=768, activation=name).ffn_width for name in ("swiglu", "gelu")
+    )
+    assert 3 * gated == 2 * plain
+
+
+# --- the whole --------------------------------------------------------------------------------------
+
+
+@given(configs, seeds, st.integers(1, 3), st.integers(2, 10))
+def test_no_token_sees_the_future(config, seed, B, T):
+    """A change of token t changes no hidden state before t, and does change t's own."""
+    model, ids = random_model(config, seed), random_ids(config, seed, B, T)
+    t = seed % T
+    other = ids.clone()
+    other[:, t] = (ids[:, t] + 1) % config.vocab_size
+    before, after = model(ids), model(other)
+    assert torch.equal(before[:, :t], after[:, :t])
+    assert (before[:, t] != after[:, t]).any()
+
+
+@given(configs, seeds, st.integers(1, 3), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_cached_logits_are_the_full_logits(config, seed, B, parts):
+    """However a text is fed in parts, the last logits of each part are those of the whole text."""
+    model, ids = random_model(config, seed), random_ids(config, seed, B, sum(parts))
+    full = model.logits(model(ids))
+    cache, at = Cache(model, B, sum(parts)), 0
+    with torch.no_grad():
+        for n in parts:
+            got = next_logits(model, cache, ids[:, at : at + n], torch.zeros(B, dtype=torch.long))
+            at += n
+            assert_close(got, full[:, at - 1], 1e-12)
+
+
+@given(configs, seeds, st.integers(1, 5), st.integers(1, 5))
+def test_padding_on_the_left_changes_nothing(config, seed, T, pads):
+    model, ids = random_model(config, seed), random_ids(config, seed, 1, T)
+    padded = torch.cat((random_ids(config, seed + 1, 1, pads), ids), 1)
+    with torch.no_grad():
+        got = next_logits(model, Cache(model, 1, T + pads), padded, torch.tensor([pads]))
+    assert_close(got, model.logits(model(ids))[:, -1], 1e-11)
+
+
+@given(configs, seeds, st.integers(1, 4), st.integers(1, 4))
+def test_packed_documents_do_not_see_each_other(config, seed, m, n):
+    """With the document mask, the second document of a row is as if it stood there alone."""
+    model, ids = random_model(config, seed), random_ids(config, seed, 1, m + n)
+    starts = torch.tensor([[0] * m + [m] * n])
+    packed = model(ids, mask=document_mask(starts))
+    alone = model(ids[:, m:], positions=torch.arange(m, m + n)[None])
+    assert_close(packed[:, m:], alone, 1e-11)
+    assert_close(packed[:, :m], model(ids[:, :m]), 1e-11)
+
+
+@given(seeds)
+def test_a_block_runs_with_given_weights(seed):
+    """torch.func.functional_call with another block's weights gives the other block's result."""
+    from attention import causal_mask
+
+    one, two = random_model(SMALL, seed).layers
+    (x,) = normals(seed, (2, 5, 16))
+    rotation = POSITIONS["rope"](SMALL).rotation(torch.arange(5)[None])
+    args = (x, causal_mask(5), rotation)
+    got, _ = torch.func.functional_call(one, dict(two.named_parameters()), args)
+    assert_close(got, two(*args)[0], 0)
+
+
+def test_a_new_model_is_the_identity_and_does_not_depend_on_what_else_exists():
+    model = Transformer(SMALL, 0)
+    ids = random_ids(SMALL, 0, 2, 7)
+    assert torch.equal(model(ids), model.norm(model.embedding[ids]))
+    deeper = Transformer(replace(SMALL, layers=5, tied=False), 0)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, dict(deeper.named_parameters())[name])
+    assert not torch.equal(model.embedding, Transformer(SMALL, 1).embedding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_dtype_is_that_of_the_arithmetic_and_not_of_the_weights(dtype):
+    model = Transformer(SMALL)
+    hidden = model(random_ids(SMALL, 0, 2, 5), dtype=dtype)
+    assert hidden.dtype == dtype
+    model.logits(hidden).sum().backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+# --- against transformers ---------------------------------------------------------------------------
+
+
+def theirs(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=61, n_positions=32, n_embd=32, n_layer=3, n_head=4, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+            tie_word_embeddings=kind == "llama tied", rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama tied"])
+def test_logits_and_gradients_are_those_of_transformers(kind):
+    """In float64, with random weights of which none is zero or one (RoPE's angles stay fp32)."""
+    other = theirs(kind).double()
+    config = other.config.to_dict()
+    state = other.state_dict()
+    model = from_hugging_face(config, {n: x.float() for n, x in state.items()}).double()
+    ids = random_ids(model.config, 0, 2, 20)
+    targets = random_ids(model.config, 1, 2, 20)
+    losses = []
+    for logits in (model.logits(model(ids)), other(ids).logits):
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        losses[-1].backward()
+        last = logits
+    assert_close(model.logits(model(ids)), last, 1e-5 if "llama" in kind else 1e-6)
+    grads = {n: p.grad for n, p in other.named_parameters()}
+    for name, p in model.named_parameters():
+        table = model_file.GPT2_NAMES if kind == "gpt2" else model_file.LLAMA
+        their_name, part = model_file.hugging_face_name(name, table)
+        want = grads[their_name]
+        want = want.T if kind == "gpt2" and p.dim() == 2 and name.startswith("layers.") else want
+        assert_close(p.grad, want if part is None else want.chunk(3)[part], 1e-6)
+
+
+# --- numbers ----------------------------------------------------------------------------------------
+
+
+def test_gpt2_has_as_many_parameters_as_openai_s():
+    """124,439,808 in 12 blocks (Radford et al. 2019), of which each block has 7,087,872."""
+    one_block = Transformer(replace(PRESETS["gpt2"], layers=1))
+    assert count_parameters(one_block) == 124_439_808 - 11 * 7_087_872
+
+
+@given(configs)
+def test_flops_count_every_product_once(config):
+    """6 N + 12 L C T against a count of every product that the forward pass makes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, T = Transformer(config), 12
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(model(random_ids(config, 0, 1, T)))
+    assert counter.get_total_flops() * 3 == training_flops(model, T) * T
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"dim": 18}, "not divisible by --model.heads 4"),
+        ({"kv_heads": 3}, "--model.kv-heads 3"),
+        ({"dim": 12, "heads": 4}, "must be even"),
+        ({"layers": 0}, "at least 1"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(change, named):
+    with pytest.raises(UserError, match=named):
+        replace(SMALL, **change)
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused():
+    model = Transformer(replace(SMALL, position="learned"))
+    with pytest.raises(ValueError, match="12 learned positions"):
+        model(torch.zeros(1, 13, dtype=torch.long))
