@@ -1,12 +1,12 @@
 """From a corpus to batches: read documents, hold some out, make tokens once, pack them into rows.
 
-Idea: documents are chosen for the held-out part by a hash of their text, so that neither their order
-nor a document added later moves one across, and copies stay together. Tokens are written once to
-memory-mapped shards and found again by a key of corpus and tokenizer. Rows of a fixed length are
+Idea: documents are chosen for the held-out part by a hash of their text, so that neither their
+order nor a document added later moves one across, and copies stay together. Tokens are written once
+to memory-mapped shards and found again by a key of corpus and tokenizer. Rows of a fixed length are
 packed with whole documents where they fit; no token is lost, repeated or seen across a border.
 
-Without a path the corpus is the prose of Python's own standard library, which lies on every machine:
-docstrings, comments, and the language reference behind `help()`.
+Without a path the corpus is the prose of Python's own standard library, which lies on every
+machine: docstrings, comments, and the language reference behind `help()`.
 
 Run: python data.py                       the corpus, some documents, and how one batch is packed
      python data.py --data.path README.md     the same for other text
@@ -74,8 +74,8 @@ class TokenizerConfig:
     def __post_init__(self):
         if self.vocab_size < 257:
             raise UserError(
-                f"--tokenizer.vocab-size {self.vocab_size} is too small: 256 bytes and the end of text "
-                "need 257"
+                f"--tokenizer.vocab-size {self.vocab_size} is too small: 256 bytes and the end of "
+                "text need 257"
             )
 
 
@@ -84,7 +84,7 @@ class Document(NamedTuple):
     source: str
 
 
-# --- reading documents ------------------------------------------------------------------------------
+# --- reading documents ----------------------------------------------------------------------------
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 NOT_PROSE = {
@@ -119,7 +119,7 @@ def standard_library() -> Iterator[Document]:
 
 
 def prose(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, text) of each docstring and of each block of comment lines that stands outside strings."""
+    """(line, text) of each docstring and of each block of comment lines outside strings."""
     in_string = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -161,7 +161,7 @@ def files_of(path: str) -> list[Path]:
 
 
 def read_file(path: Path) -> Iterator[Document]:
-    """One document a file, or split at <|endoftext|>; a .jsonl file holds one a line, under "text"."""
+    """One document a file, or split at <|endoftext|>; in .jsonl one a line, under "text"."""
     text = read_text(path)
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         for number, line in enumerate(text.split("\n"), 1):  # JSON may hold U+2028, for example
@@ -188,8 +188,8 @@ def read_text(path: Path) -> str:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start} has no meaning; "
-            "convert it, for example with iconv -t UTF-8"
+            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start} has no "
+            "meaning; convert it, for example with iconv -t UTF-8"
         ) from None
 
 
@@ -210,14 +210,14 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
             yield from read_file(path)
 
 
-# --- holding out ------------------------------------------------------------------------------------
+# --- holding out ----------------------------------------------------------------------------------
 
 
 def held_out(documents: Iterable[Document], share: float) -> np.ndarray:
     """Which documents are held out: those whose text hashes into the lowest `share` of all hashes.
 
-    At least one, and never all: if the hashes leave a side empty, the lowest or highest one goes there
-    (only then can a document added later take its place).
+    At least one, and never all: if the hashes leave a side empty, the lowest or highest one goes
+    there (only then can a document added later take its place).
     """
     marks = np.array(
         [
@@ -246,11 +246,11 @@ def split(documents: Iterable[Document], held: np.ndarray) -> Iterator[tuple[Doc
             yield Document(document.text[cut:], document.source), True
 
 
-# --- token files ------------------------------------------------------------------------------------
+# --- token files ----------------------------------------------------------------------------------
 
 
 class Shards:
-    """Documents as tokens in memory-mapped files: <|endoftext|> and then the text, one after another.
+    """Documents as tokens in memory-mapped files: <|endoftext|> and the text, one after another.
 
     document(i) gives its tokens. As inputs they are asked for the next token each, the last one for
     <|endoftext|>, so a document of n tokens is n pairs.
@@ -318,7 +318,7 @@ class Corpus:
 def prepare(
     config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None = None, cache: Path = CACHE
 ) -> Corpus:
-    """The corpus as tokens, made now or found from before; the tokenizer is trained unless given."""
+    """The corpus as tokens, made now or found from before; a tokenizer is trained unless given."""
     marks = identity(config)
     key = hashlib.blake2b(
         json.dumps(
@@ -338,7 +338,7 @@ def prepare(
 
 
 def make(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder, which appears whole or not at all, also if several processes do so."""
+    """Let `write` fill a folder: it appears whole or not at all, though several processes do so."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(".draft", f".{folder.name}.", folder.parent) as draft:
@@ -363,15 +363,15 @@ def identity(config: DataConfig) -> list:
 def tokenize(
     config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None, out: Path
 ) -> None:
-    """Read, hold out, train the tokenizer on what is left, and write tokens and a description to out."""
+    """Read, hold out, train the tokenizer on what is left, write tokens and a description."""
     again = (lambda: read_documents(config)) if config.path else list(standard_library()).__iter__
     held = held_out(again(), config.held_out)
     if not len(held):
         raise UserError(f"there is no text in {config.path}: every file is empty")
     if len(held) > 1 and held.all() == held.any():
         raise UserError(
-            f"{config.path} holds {len(held)} copies of one document, so that none can be held out: "
-            "give more text, or only one copy"
+            f"{config.path} holds {len(held)} copies of one document, so that none can be held "
+            "out: give more text, or only one copy"
         )
     if tokenizer is None:
         tokenizer = make_tokenizer(
@@ -404,7 +404,7 @@ def tokenize(
 
 
 def encode(tokenizer: BPE, fast: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
-    """Ids of texts in which nothing is special; tiktoken gives up on, say, a million blanks in a row."""
+    """Ids of texts, in which nothing is special; tiktoken gives up on a million blanks in a row."""
     try:
         return fast.encode_batch(texts, num_threads=2, disallowed_special=())
     except ValueError:
@@ -417,7 +417,7 @@ def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> BPE:
     return BPE.train(texts, config.vocab_size, config.pattern, progress=True)
 
 
-# --- packing ----------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -429,7 +429,7 @@ class Piece(NamedTuple):
 
 
 def cut(lengths: np.ndarray, T: int, rng: np.random.Generator | None) -> list[Piece]:
-    """Documents in pieces of at most T pairs; with rng, a long document is cut elsewhere each time."""
+    """Documents in pieces of at most T pairs; with rng, a long one is cut elsewhere each time."""
     pieces = []
     for i, length in enumerate(lengths.tolist()):
         begin = 0
@@ -441,7 +441,7 @@ def cut(lengths: np.ndarray, T: int, rng: np.random.Generator | None) -> list[Pi
 
 
 def best_fit(pieces: list[Piece], T: int) -> list[list[Piece]]:
-    """Rows of at most T pairs: the longest piece first, each into the fullest row that still has room.
+    """Rows of at most T pairs: the longest piece first, each into the fullest row with room for it.
 
     `free[n]` are the rows with n places left; bit n of `some` says whether there are any.
     """
@@ -523,14 +523,14 @@ class Stream:
 def whole(shards: Shards, T: int, B: int, end_of_text: int) -> Iterator[Rows]:
     """Every pair of every document once, in batches of B rows, always the same: for evaluation.
 
-    A document is cut every T pairs; with the document mask its loss does not depend on its neighbours.
+    A document is cut every T pairs; with the document mask its loss does not depend on neighbours.
     """
     rows = best_fit(cut(shards.lengths, T, None), T)
     for i in range(0, len(rows), B):
         yield fill(rows[i : i + B], shards, T, end_of_text)
 
 
-# --- demo -------------------------------------------------------------------------------------------
+# --- demo -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -548,8 +548,8 @@ def show() -> None:
     meta, tokenizer = corpus.meta, corpus.tokenizer
     print(f"\n{meta['source']}")
     for name in ("train", "held"):
-        print(f"  {name:5} {meta[name]['documents']:>7,} documents {meta[name]['bytes']:>12,} bytes "
-              f"{meta[name]['tokens']:>12,} tokens")  # fmt: skip
+        print(f"  {name:5} {meta[name]['documents']:>7,} documents {meta[name]['bytes']:>12,} "
+              f"bytes {meta[name]['tokens']:>12,} tokens")  # fmt: skip
     for i in range(0, len(corpus.held), max(1, len(corpus.held) // 3)):
         text = tokenizer.decode(corpus.held.document(i)[1:61].tolist())
         print(f"\n  held out, document {i}: {' '.join(text.split())} …")
@@ -561,9 +561,8 @@ def show() -> None:
         print("  " + "".join("." if n == IGNORE else letters[s]
                              for s, n in zip(starts, nexts, strict=True)))  # fmt: skip
     pairs = sum(piece.length for row in stream.rows for piece in row)
-    print(
-        f"\nan epoch is {len(stream.rows):,} rows, {pairs / len(stream.rows) / config.context:.1%} full"
-    )
+    full = pairs / len(stream.rows) / config.context
+    print(f"\nan epoch is {len(stream.rows):,} rows, {full:.1%} full")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from kernels.cross_entropy import IGNORE
 
 
 class Rows(NamedTuple):
-    """Text packed into rows, each field (B T) int64. A row holds pieces of documents, then padding."""
+    """Text packed into rows, each field (B T) int64: pieces of documents, and then padding."""
 
     ids: Tensor
     nexts: Tensor  # the token that follows in the document; IGNORE in the padding

@@ -111,10 +111,9 @@ def pick_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, found in there.items() if found)
-    if not there[name]:
-        raise UserError(
-            f"--device {name}: there is none on this machine; --device cpu always works"
-        )
+    if not there.get(name):
+        found = " or ".join(kind for kind in there if there[kind])
+        raise UserError(f"--device {name}: this machine has no such device, only {found}")
     return torch.device(name)
 
 

@@ -71,7 +71,7 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
     pattern = SPLIT_PATTERNS.get(pattern, pattern)
     try:
         everywhere = regex.compile(pattern)
-    except regex.error as error:
+    except (regex.error, ValueError, RecursionError) as error:
         raise ValueError(f"the split pattern {short(pattern)} is wrong: {error}") from None
     if everywhere.groups:
         raise ValueError(f"the split pattern {short(pattern)} captures: write (?:…) and not (…)")
@@ -412,7 +412,10 @@ class BPE:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a Hugging Face tokenizer.json, whole or not at all."""
+        """Write a Hugging Face tokenizer.json, whole or not at all.
+
+        Hugging Face reads patterns with Oniguruma: one of your own must be valid there, too.
+        """
         temporary = Path(f"{path}.{os.getpid()}.tmp")
         try:
             temporary.write_text(json.dumps(to_json(self), ensure_ascii=False), "utf-8")
@@ -506,7 +509,8 @@ def from_json(file: Any) -> BPE:
     special = dict(map(read_special, added))
     if len(special) != len(added):
         raise ValueError("an added token is listed twice")
-    tokens = read_tokens({text: id for text, id in vocab.items() if text not in special}, special)
+    ordinary = {text: id for text, id in vocab.items() if special.get(text) != id}
+    tokens = read_tokens(ordinary, special)
     bpe = BPE(tokens, [read_merge(pair, vocab) for pair in merges], special, read_pattern(steps))
     if not model.get("ignore_merges"):  # then a token that no merges reach must not come out
         for id, token in enumerate(tokens):

@@ -49,7 +49,7 @@ class Train:
     tokenizer: TokenizerConfig = TokenizerConfig()
     optim: OptimConfig = OptimConfig()
     objective: Literal["causal"] = "causal"  # what to predict
-    steps: int = 2000  # updates
+    steps: int = 1600  # updates
     batch: int = 8  # rows of model.context tokens that go through the model at once
     accumulate: int = 1  # such batches in one update
     evaluate_every: int = 200  # updates between measurements on the held-out documents
@@ -114,6 +114,16 @@ def stored(run: Run) -> Train:
         raise UserError(f"{path} does not hold the settings of a run: {error}") from None
 
 
+def sized(model: ModelConfig, known: int) -> ModelConfig:
+    """The model's settings with as many tokens as the tokenizer knows."""
+    if model.vocab_size not in (0, known):
+        raise UserError(
+            f"--model.vocab-size {model.vocab_size} does not fit the tokenizer, which knows {known} tokens: "
+            f"give --model.vocab-size 0, or a corpus and --tokenizer.vocab-size that reach it"
+        )
+    return replace(model, vocab_size=known)
+
+
 def command(arguments: list[str]) -> str:
     return shlex.join(["python", "train.py", *arguments])
 
@@ -121,13 +131,14 @@ def command(arguments: list[str]) -> str:
 # --- what the first lines say -----------------------------------------------------------------------
 
 
-def introduce(run: Run, config: Train, corpus: Corpus, model: Transformer, start: int) -> float:
+def introduce(run: Run, training: "Training") -> float:
     """Log the settings and every number derived from them; returns the measured peak in FLOP/s."""
+    config, corpus, model = training.config, training.corpus, training.model
     meta, m, N = corpus.meta, config.model, count_parameters(model)
     train, held = meta["train"], meta["held"]
     tokens = config.accumulate * config.batch * m.context
     flops = training_flops(model, m.context)
-    device, dtype = model.embedding.device, pick_dtype(config.dtype, model.embedding.device)
+    device, dtype = model.embedding.device, training.dtype
     peak = matmul_peak(device, dtype)
     run.log(
         f"{command(sys.argv[1:])}\n"
@@ -146,7 +157,7 @@ def introduce(run: Run, config: Train, corpus: Corpus, model: Transformer, start
         f"{flops * tokens * config.steps:.2e} FLOP in all\n"
         f"machine  {machine(device)}; {str(dtype).removeprefix('torch.')}; "
         f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; attention in blocks, by torch\n"
-        + (f"resumed  after step {start}\n" if start else "")
+        + (f"resumed  after step {training.step}\n" if training.step else "")
     )
     return peak
 
@@ -177,8 +188,8 @@ class Interrupt:
 class Training:
     """The state of a run between two steps, which a checkpoint keeps and a resumed run takes up."""
 
-    def __init__(self, config: Train, run: Run, corpus: Corpus):
-        self.config, self.run, self.corpus = config, run, corpus
+    def __init__(self, config: Train, corpus: Corpus):
+        self.config, self.corpus = config, corpus
         device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, device)
         self.model = Transformer(config.model, config.seed).to(device)
@@ -201,7 +212,7 @@ class Training:
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {self.step + 1}: the run has diverged; lower --optim.lr "
-                f"from {c.optim.lr} and start again (checkpoints before it are in {self.run.folder})"
+                f"from {c.optim.lr} and start again"
             )
         self.step += 1
         return loss, norm
@@ -213,18 +224,18 @@ class Training:
         nats, _ = evaluate(self.model, (to(self.objective(r), device) for r in rows), self.dtype)
         return nats / math.log(2) / self.corpus.meta["held"]["bytes"]
 
-    def save(self) -> None:
+    def save(self, run: Run) -> None:
         place = {"epoch": self.stream.epoch, "row": self.stream.row}
-        self.run.save(self.step, self.model.state_dict(), self.optimizer.state(), place)
+        run.save(self.step, self.model.state_dict(), self.optimizer.state(), place)
 
-    def load(self) -> None:
-        folder = self.run.newest()
+    def load(self, run: Run) -> None:
+        folder = run.newest()
         load_weights(self.model, folder / "model.safetensors")
         self.optimizer.load(load_tensors(folder / "train_state.safetensors"))
         info = read_json(folder / "train_state.json")
         self.step = info["step"]
         self.stream.seek(info["epoch"], info["row"])
-        self.run.forget_after(self.step)
+        run.forget_after(self.step)
 
     def sample(self, count: int = 3, tokens: int = 100) -> Iterator[str]:
         tokenizer = self.corpus.tokenizer
@@ -237,9 +248,9 @@ class Training:
             yield tokenizer.decode([t for t in column if t is not None and t != end])
 
 
-def loop(training: Training, peak: float) -> bool:
+def loop(training: Training, run: Run, peak: float) -> bool:
     """Train to the last step; False if someone asked to stop before it."""
-    c, run, meta = training.config, training.run, training.corpus.meta
+    c, meta = training.config, training.corpus.meta
     per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)
     tokens = c.accumulate * c.batch * c.model.context
     flops = tokens * training_flops(training.model, c.model.context)
@@ -264,25 +275,25 @@ def loop(training: Training, peak: float) -> bool:
                 )
             run.measure(**row, seconds=seconds)
             if last or training.step % c.save_every == 0:
-                training.save()
+                training.save(run)
             bar.update()
             bar.set_postfix_str(
                 f"loss {loss:.2f}, {tokens / seconds:,.0f} tokens/s, {flops / seconds / peak:.0%} of peak"
             )
     if interrupt.asked and training.step < c.steps:
-        training.save()
+        training.save(run)
         return False
     return True
 
 
-def finish(training: Training, seconds: float) -> None:
+def finish(training: Training, run: Run, seconds: float) -> None:
     """The picture, the numbers and a few words."""
-    run, meta = training.run, training.corpus.meta
+    meta = training.corpus.meta
     picture = plot_loss(run, meta["lzma_bits_per_byte"])
     bits = run.metrics()[-1]["bits_per_byte"]
     run.log(
-        f"\nheld out: {bits:.3f} bits per byte (lzma: {meta['lzma_bits_per_byte']:.3f}), "
-        f"after {seconds:.0f} seconds of training"
+        f"\nheld out: {bits:.3f} bits = {bits * math.log(2):.3f} nats per byte "
+        f"(lzma: {meta['lzma_bits_per_byte']:.3f} bits), after {seconds:.0f} seconds of training"
     )
     for number, text in enumerate(training.sample(), 1):
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
@@ -297,28 +308,22 @@ def script() -> None:
     if run is not None:
         tokenizer = load_tokenizer(run.folder / "tokenizer.json", config.model.vocab_size)
     corpus = prepare(config.data, config.tokenizer, tokenizer)
-    size = corpus.tokenizer.vocab_size
-    if config.model.vocab_size not in (0, size):
-        config = replace(
-            config, model=replace(config.model, vocab_size=max(size, config.model.vocab_size))
-        )
-    else:
-        config = replace(config, model=replace(config.model, vocab_size=size))
+    config = replace(config, model=sized(config.model, corpus.tokenizer.vocab_size))
+    training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
     if run is None:
         run = Run.create(config.name, config)
         corpus.tokenizer.save(run.folder / "tokenizer.json")
-    training = Training(config, run, corpus)
-    if config.resume:
-        training.load()
-    peak = introduce(run, config, corpus, training.model, training.step)
+    else:
+        training.load(run)
+    peak = introduce(run, training)
     start = time.perf_counter()
-    if not loop(training, peak):
+    if not loop(training, run, peak):
         run.log(
             f"stopped and saved after step {training.step}; go on with\n"
             f"  python train.py --name {run.folder.name} --resume"
         )
         sys.exit(130)
-    finish(training, time.perf_counter() - start)
+    finish(training, run, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,780 @@
+"""Laws of data.py: nothing is lost, invented, seen across a border or found in the other part."""
+
+import ast
+import gzip
+import json
+import lzma
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from itertools import accumulate, combinations
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from helpers import seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from attention import document_mask
+from data import (
+    DataConfig,
+    Document,
+    Shards,
+    ShardWriter,
+    Stream,
+    TokenizerConfig,
+    best_fit,
+    cut,
+    fill,
+    held_out,
+    prepare,
+    prose,
+    python_files,
+    read_documents,
+    split,
+    standard_library,
+    whole,
+)
+from kernels.attention import dense
+from objectives import IGNORE, Rows
+from run import UserError, read_json
+from tokenizer import BPE, END_OF_TEXT
+
+END = 0
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=20)  # tokens of documents, END included
+widths = st.integers(1, 12)
+characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")
+texts = st.text(characters, max_size=30)
+BYTES = TokenizerConfig("bytes")
+
+
+def fresh(tmp_path: Path) -> Path:
+    """A new folder for each example that Hypothesis draws."""
+    return Path(tempfile.mkdtemp(dir=tmp_path))
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+def numbered(sizes: list[int]) -> list[list[int]]:
+    """Documents of these sizes in which no token occurs twice: END 1 2 3, END 4 5, …"""
+    ends = accumulate(size - 1 for size in sizes)
+    return [[END, *range(end - size + 2, end + 1)] for size, end in zip(sizes, ends, strict=True)]
+
+
+def store(folder: Path, documents: list[list[int]], dtype=np.uint32) -> Shards:
+    writer = ShardWriter(folder, "train", np.dtype(dtype), END)
+    for document in documents:
+        writer.write(document[1:], size=1)
+    (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
+    assert writer.close() == {"documents": len(documents), "bytes": len(documents),
+                              "tokens": sum(map(len, documents))}  # fmt: skip
+    return Shards(folder, "train")
+
+
+def pairs_of(documents: list[list[int]]) -> Counter:
+    """What an epoch must ask: each token with the next one, the last with END."""
+    return Counter(pair for d in documents for pair in zip(d, [*d[1:], END], strict=True))
+
+
+def pairs_in(*batches: Rows) -> Counter:
+    """What rows do ask."""
+    asked = Counter()
+    for rows in batches:
+        real = rows.nexts != IGNORE
+        asked.update(zip(rows.ids[real].tolist(), rows.nexts[real].tolist(), strict=True))
+    return asked
+
+
+def same(a: Rows, b: Rows) -> bool:
+    return all(map(torch.equal, a, b))
+
+
+def joined(batches: list[Rows]) -> Rows:
+    return Rows(*map(torch.cat, zip(*batches, strict=True)))
+
+
+@given(lengths, widths, st.none() | seeds)
+def test_packing_loses_no_pair_and_invents_none(tmp_path, sizes, T, seed):
+    documents = numbered(sizes)
+    shards = store(fresh(tmp_path), documents)
+    rng = None if seed is None else np.random.default_rng(seed)
+    rows = fill(best_fit(cut(shards.lengths, T, rng), T), shards, T, END)
+    assert pairs_in(rows) == pairs_of(documents)
+
+
+@given(lengths, widths, st.none() | seeds)
+def test_a_document_is_cut_into_pieces_that_follow_each_other(sizes, T, seed):
+    rng = None if seed is None else np.random.default_rng(seed)
+    pieces = sorted(cut(np.array(sizes), T, rng))
+    assert all(1 <= piece.length <= T for piece in pieces)
+    for i, size in enumerate(sizes):
+        own = [piece for piece in pieces if piece.document == i]
+        ends = list(accumulate(piece.length for piece in own))
+        assert [piece.begin for piece in own] == [0, *ends[:-1]] and ends[-1] == size
+        assert size > T or len(own) == 1
+
+
+def test_a_long_document_is_cut_elsewhere_each_time():
+    rng = np.random.default_rng(0)
+    firsts = Counter(cut(np.array([100]), 8, rng)[0].length for _ in range(800))
+    assert set(firsts) == set(range(1, 9)) and min(firsts.values()) > 50
+
+
+@given(lengths, widths, st.none() | seeds)
+def test_a_token_sees_its_own_piece_and_nothing_across_a_border(tmp_path, sizes, T, seed):
+    """Tokens are different, so that ids[s + 1] = nexts[s] says: one text, without a gap."""
+    shards = store(fresh(tmp_path), numbered(sizes))
+    rng = None if seed is None else np.random.default_rng(seed)
+    packed = best_fit(cut(shards.lengths, T, rng), T)
+    rows = fill(packed, shards, T, END)
+    sees = dense(document_mask(rows.starts), T)[:, 0]
+    for b, t in np.ndindex(*rows.ids.shape):
+        seen = sees[b, t].nonzero()[:, 0].tolist()
+        assert seen == list(range(seen[0], t + 1))
+        for s in seen[:-1]:
+            assert rows.nexts[b, s] == rows.ids[b, s + 1] != END
+        assert rows.nexts[b, t] != IGNORE or seen == [t]
+    padding = int((rows.nexts == IGNORE).sum())
+    before = sum(p.length * (p.length + 1) // 2 for row in packed for p in row)
+    assert sees.sum() == before + padding, "a token must see all that stands before it in its piece"
+
+
+def best_fit_obvious(sizes: list[int], T: int) -> list[int]:
+    """Fills of the rows: each piece, the longest first, goes where it leaves the least room."""
+    fills: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [b for b, full in enumerate(fills) if full + size <= T]
+        if fitting:
+            fills[max(fitting, key=fills.__getitem__)] += size
+        else:
+            fills.append(size)
+    return fills
+
+
+@given(lengths, st.integers(1, 100), seeds)
+def test_best_fit_is_the_obvious_best_fit(sizes, T, seed):
+    pieces = cut(np.array(sizes), T, np.random.default_rng(seed))
+    rows = best_fit(pieces, T)
+    assert sorted(piece for row in rows for piece in row) == sorted(pieces)
+    fills = [sum(piece.length for piece in row) for row in rows]
+    assert sorted(fills) == sorted(best_fit_obvious([piece.length for piece in pieces], T))
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 40))
+def test_no_row_overflows_and_no_two_rows_would_fit_into_one(sizes, T):
+    """So at most one row is half empty, and there are fewer than 2 · tokens / T + 1 rows.
+
+    A later row was opened because its first piece fitted nowhere, so not into the earlier one.
+    """
+    fills = [sum(p.length for p in row) for row in best_fit(cut(np.array(sizes, int), T, None), T)]
+    assert all(full <= T for full in fills)
+    assert all(a + b > T for a, b in combinations(fills, 2))
+    assert sum(2 * full <= T for full in fills) <= 1
+    assert len(fills) < 2 * sum(sizes) / T + 1
+
+
+@given(lengths, widths, st.integers(1, 7))
+def test_whole_is_every_pair_once_and_always_the_same(tmp_path, sizes, T, B):
+    documents = numbered(sizes)
+    shards = store(fresh(tmp_path), documents)
+    batches = list(whole(shards, T, B, END))
+    assert pairs_in(*batches) == pairs_of(documents)
+    assert sum(int((rows.nexts != IGNORE).sum()) for rows in batches) == shards.lengths.sum()
+    assert all(len(rows.ids) == B for rows in batches[:-1]) and 1 <= len(batches[-1].ids) <= B
+    assert all(map(same, batches, whole(shards, T, B, END)))
+    assert same(joined(batches), next(whole(shards, T, 10**6, END)))
+
+
+# --- the stream -----------------------------------------------------------------------------------
+
+long_enough = lengths.filter(lambda sizes: sum(sizes) > 12)
+
+
+@given(long_enough, widths, seeds, st.integers(0, 3))
+def test_an_epoch_of_the_stream_visits_everything_once(tmp_path, sizes, T, seed, epoch):
+    documents = numbered(sizes)
+    stream = Stream(store(fresh(tmp_path), documents), T, END, seed)
+    for number in range(epoch + 1):
+        rows = stream.take(len(stream.rows))
+        assert pairs_in(rows) == pairs_of(documents) and stream.epoch == number
+        stream.take(1)  # the next epoch begins
+        stream.seek(number + 1, 0)
+
+
+@given(seeds)
+def test_each_epoch_and_seed_has_an_order_of_its_own(tmp_path, seed):
+    shards = store(fresh(tmp_path), numbered([3, 5, 7, 20] * 8))
+    orders = []
+    for stream, epoch in ((Stream(shards, 8, END, seed + i), e) for i in (0, 1) for e in (0, 1)):
+        stream.seek(epoch, 0)
+        orders.append(str(stream.rows))
+    assert len(set(orders)) == 4
+    assert str(Stream(shards, 8, END, seed).rows) == orders[0]
+
+
+@given(long_enough, widths, seeds, st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_a_stream_goes_on_from_its_place_whatever_the_batch(tmp_path, sizes, T, seed, batches):
+    shards = store(fresh(tmp_path), numbered(sizes))
+    single = Stream(shards, T, END, seed)
+    one_by_one = [single.take(1) for _ in range(sum(batches))]
+    stream = Stream(shards, T, END, seed)
+    taken = 0
+    for B in batches:
+        resumed = Stream(shards, T, END, seed)
+        resumed.seek(stream.epoch, stream.row)
+        rows = stream.take(B)
+        assert same(rows, joined(one_by_one[taken : taken + B]))
+        assert same(rows, resumed.take(B))
+        taken += B
+
+
+def test_a_place_behind_the_last_row_is_the_next_epoch(tmp_path):
+    """Once an endless loop: a run resumed on a corpus that has shrunk asks for such a row."""
+    shards = store(tmp_path, numbered([5] * 10))
+    lost, next_epoch = Stream(shards, 5, END, 0), Stream(shards, 5, END, 0)
+    lost.seek(0, 1000)
+    next_epoch.seek(1, 0)
+    assert same(lost.take(3), next_epoch.take(3))
+
+
+@given(lengths)
+def test_a_corpus_smaller_than_one_window_is_refused(tmp_path, sizes):
+    shards = store(fresh(tmp_path), numbered(sizes))
+    with pytest.raises(UserError, match=r"less than one window of --model\.context"):
+        Stream(shards, sum(sizes), END, 0)
+    if sum(sizes) > 1:
+        Stream(shards, sum(sizes) - 1, END, 0).take(1)
+
+
+# --- token files ----------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=12),
+    st.sampled_from([np.uint16, np.uint32]),
+    st.integers(1, 20),
+    seeds,
+)
+def test_shards_give_back_what_was_written(tmp_path, sizes, dtype, per_file, seed):
+    folder, rng = fresh(tmp_path), np.random.default_rng(seed)
+    top = np.iinfo(dtype).max
+    documents = [[END, *rng.integers(0, top, n, endpoint=True).tolist()] for n in sizes]
+    with patch.object(data, "SHARD_TOKENS", per_file):
+        shards = store(folder, documents, dtype)
+    assert len(shards) == len(documents)
+    for i, document in enumerate(documents):
+        assert shards.document(i).tolist() == document
+    borders = set(accumulate(map(len, documents)))
+    for i, file in enumerate(shards.files):
+        inside = [d for d in shards.starts if shards.borders[i] <= d < shards.borders[i + 1]]
+        assert len(file) <= per_file or len(inside) == 1, "only one long document may overfill"
+        assert shards.borders[i + 1] in borders, "a document crosses from one file to the next"
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_ids_have_room_in_their_dtype(tmp_path, vocab_size, dtype):
+    """The end of text is the last id: 65,535 fits into two bytes, 65,536 does not."""
+    singles = [bytes([byte]) for byte in range(256)]
+    pairs = [(i // 256, i % 256) for i in range(vocab_size - 257)]
+    doubles = [singles[a] + singles[b] for a, b in pairs]
+    big = BPE(singles + doubles, pairs, {END_OF_TEXT: vocab_size - 1})
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": f"text {i} ÿþ"}) for i in range(9)))
+    corpus = prepare(DataConfig(str(tmp_path), 0.5), BYTES, big, tmp_path / "cache")
+    assert corpus.meta["dtype"] == dtype and corpus.tokenizer.fingerprint == big.fingerprint
+    assert Counter(stored_texts(corpus)) == Counter(f"text {i} ÿþ" for i in range(9))
+
+
+# --- holding out ----------------------------------------------------------------------------------
+
+shares = st.floats(0.01, 0.99)
+
+
+def documents_of(texts: list[str]) -> list[Document]:
+    return [Document(text, str(i)) for i, text in enumerate(texts)]
+
+
+@given(st.lists(texts, max_size=12), shares, st.randoms())
+def test_holding_out_depends_on_the_text_alone_not_on_the_order(contents, share, random):
+    contents = contents + contents[:3]
+    side = dict(zip(contents, held_out(documents_of(contents), share).tolist(), strict=True))
+    assert [side[text] for text in contents] == held_out(documents_of(contents), share).tolist(), (
+        "copies must lie on one side"
+    )
+    random.shuffle(contents)
+    assert [side[text] for text in contents] == held_out(documents_of(contents), share).tolist()
+
+
+@given(st.sets(texts, min_size=1, max_size=12), st.lists(texts, max_size=12), shares)
+def test_documents_added_later_move_none_across(old, more, share):
+    """Except when a side would have been empty, and one document was put there to fill it."""
+    old = sorted(old)
+    later = held_out(documents_of(old + more), share)[: len(old)]
+    if later.any() and not later.all():
+        assert (held_out(documents_of(old), share) == later).all()
+
+
+@given(st.sets(texts, min_size=2, max_size=12), shares)
+def test_each_side_gets_a_document(contents, share):
+    held = held_out(documents_of(sorted(contents)), share)
+    assert held.dtype == bool and held.any() and not held.all()
+
+
+def test_the_share_held_out_is_what_was_asked_for():
+    documents = documents_of([f"document {i}" for i in range(4000)])
+    for share in (0.05, 0.3):
+        deviation = (share * (1 - share) / len(documents)) ** 0.5
+        assert abs(held_out(documents, share).mean() - share) < 4 * deviation
+
+
+@given(st.lists(texts, min_size=2, max_size=12), shares)
+def test_split_sends_each_document_to_its_side(contents, share):
+    documents = documents_of(contents)
+    held = held_out(documents, share)
+    assert list(split(documents, held)) == list(zip(documents, held.tolist(), strict=True))
+
+
+@given(st.integers(0, 200))
+def test_of_a_single_document_the_last_tenth_is_held_out(n):
+    text = "".join(chr(ord("a") + i % 26) for i in range(n))
+    (train, in_train), (last, in_last) = split(documents_of([text]), np.array([False]))
+    assert (in_train, in_last) == (False, True)
+    assert train.text + last.text == text and len(last.text) == -(-n // 10)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+suffixes = st.sampled_from([".txt", ".md", ".py", ".txt.gz", ".md.gz", ".py.gz"])
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    content = content if isinstance(content, bytes) else content.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+    return path
+
+
+def read(path: Path | str) -> list[str]:
+    return [document.text for document in read_documents(DataConfig(str(path)))]
+
+
+@given(texts, suffixes, st.booleans(), st.sampled_from(["\n", "\r\n"]))
+def test_a_file_is_one_document_as_it_stands(tmp_path, text, suffix, bom, newline):
+    text = text.replace("a", newline)
+    path = write(fresh(tmp_path) / f"a{suffix}", "\ufeff" * bom + text)
+    assert read(path) == ([text] if text.strip() else [])
+
+
+@given(st.lists(texts, min_size=2, max_size=5), suffixes, st.sampled_from(["", "\n", "\r\n"]))
+def test_a_file_is_split_at_the_end_of_text(tmp_path, parts, suffix, newline):
+    path = fresh(tmp_path) / f"a{suffix}"
+    write(path, f"{newline}{END_OF_TEXT}{newline}".join(parts))
+    assert read(path) == [part.strip("\r\n") for part in parts if part.strip()]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=6),
+       st.booleans(), st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]))  # fmt: skip
+def test_jsonl_is_one_document_a_line(tmp_path, contents, packed, escaped, newline):
+    """Only a line feed ends a line. Once splitlines() broke a text at U+2028 and U+0085."""
+    contents = [*contents, "next\x85line\u2028in a string", f"a {END_OF_TEXT} in a string"]
+    lines = [json.dumps({"id": 0, "text": t}, ensure_ascii=escaped) for t in contents]
+    path = fresh(tmp_path) / ("a.jsonl.gz" if packed else "a.jsonl")
+    write(path, newline.join(lines) + newline)
+    assert read(path) == [text for text in contents if text.strip()]
+
+
+def test_sources_say_where_a_document_stands(tmp_path):
+    write(tmp_path / "a.txt", f"one{END_OF_TEXT}\n{END_OF_TEXT}three")
+    write(tmp_path / "b.jsonl", '{"text": "one"}\n\n{"text": "three"}\n')
+    sources = [d.source.rpartition("/")[2] for d in read_documents(DataConfig(str(tmp_path)))]
+    assert sources == ["a.txt#1", "a.txt#3", "b.jsonl:1", "b.jsonl:3"]
+
+
+def test_a_folder_or_a_pattern_is_read_in_a_fixed_order_each_file_once(tmp_path):
+    folder = tmp_path / "odd [name] *?"
+    names = ["b.txt", "a.md", "in/c.py", "in/deeper/d.jsonl.gz", "in/e.txt.gz"]
+    for name in names:
+        write(folder / name, json.dumps({"text": name}) if "jsonl" in name else name)
+    for name in ("f.csv", "g", "in/h.gz", "i.txt.bz2", "txt"):
+        write(folder / name, "not one of ours")
+    in_order = ["a.md", "b.txt", "in/c.py", "in/deeper/d.jsonl.gz", "in/e.txt.gz"]
+    assert read(folder) == in_order
+    assert read(f"{tmp_path}/odd*/**/**/*") == in_order, "two ** find a file twice"
+    assert read(f"{tmp_path}/odd*/?.*") == ["a.md", "b.txt"]
+    assert read(folder / "b.txt") == ["b.txt"]
+
+
+LINE = '{"text": "fine"}\n'
+BROKEN = {  # name -> (content, what the sentence says)
+    "picture.csv": ("a,b", "text files end in .txt, .md, .py, .jsonl"),
+    "binary.txt": (b"some \0 byte", "binary, not text: there is a zero byte at 5"),
+    "binary.txt.gz": (b"some \0 byte", "binary"),
+    "utf16.txt": ("text".encode("utf-16"), "binary"),
+    "latin.md": ("caf\xe9 ".encode("latin-1"), "not UTF-8 text: byte 0xe9 at 3"),
+    "marked.md": (b"\xef\xbb\xbfcaf\xe9 ", "not UTF-8 text: byte 0xe9 at 6"),
+    "latin.jsonl": ('{"text": "\xe9"}'.encode("latin-1"), "not UTF-8 text: byte 0xe9"),
+    "half.jsonl": (LINE + '{"text": "ha', "half.jsonl:2: each line must be a JSON object"),
+    "nothing.jsonl": (LINE + "\n" + '{"txt": ""}', "nothing.jsonl:3: each line"),
+    "number.jsonl": ('{"text": 3}', "number.jsonl:1: each line"),
+    "null.jsonl": ('{"text": null}', "each line"),
+    "list.jsonl": ('["text"]', "each line"),
+    "string.jsonl": ('"text"', "each line"),
+    "surrogate.jsonl": (r'{"text": "half a letter: \ud83d"}', "each line"),
+    "deep.jsonl": ("[" * 100_000, "each line"),
+    "python.jsonl": ("{'text': 'single quotes'}", "each line"),
+}
+
+
+def refusal(action) -> str:
+    """The one sentence of a UserError."""
+    with pytest.raises(UserError) as error:
+        action()
+    sentence = str(error.value)
+    assert sentence and "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_read_is_refused_in_a_sentence(tmp_path, name):
+    content, said = BROKEN[name]
+    path = write(tmp_path / name, content)
+    for action in (lambda: read(path), lambda: prepare_in(tmp_path, path)):
+        sentence = refusal(action)
+        assert str(path) in sentence and said in sentence
+    assert left_in(tmp_path / "cache") == []
+
+
+@given(st.integers(0, 200), st.integers(0, 255))
+def test_a_damaged_gz_is_refused_in_a_sentence_or_read(tmp_path, at, bits):
+    packed = gzip.compress("".join(map(str, range(300))).encode(), mtime=0)
+    folder = fresh(tmp_path)
+    cut_off, flipped = folder / "cut.txt.gz", folder / "flipped.txt.gz"
+    cut_off.write_bytes(packed[:at])
+    assert not at or str(cut_off) in refusal(lambda: read(cut_off))
+    flipped.write_bytes(packed[:at] + bytes([packed[at] ^ bits]) + packed[at + 1 :])
+    try:
+        read(flipped)
+    except UserError as error:
+        assert str(flipped) in str(error)
+
+
+def test_what_is_not_there_is_refused_in_a_sentence(tmp_path):
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    write(other / "a.csv", "a,b")
+    for path in (empty, other):
+        assert f"--data.path {path} holds no .txt" in refusal(lambda p=path: read(p))
+    long = "text in place of its path " * 400
+    for path in (tmp_path / "a.txt", tmp_path / "*.txt", "~nobody-has-this-name/a.txt", long):
+        sentence = refusal(lambda p=path: read(p))
+        assert f"--data.path {path} is no file or folder and matches no .txt" in sentence
+
+
+def test_files_without_text_are_passed_over_but_not_if_all_are(tmp_path):
+    for name in ("a.txt", "b.md.gz", "c.jsonl"):
+        write(tmp_path / name, "")
+    write(tmp_path / "d.jsonl", '\n{"text": " \\n"}\n')
+    write(tmp_path / "e.txt", f" {END_OF_TEXT}\n")
+    assert read(tmp_path) == []
+    assert "there is no text in" in refusal(lambda: prepare_in(tmp_path))
+    write(tmp_path / "f.txt", "text")
+    assert read(tmp_path) == ["text"]
+
+
+# --- the standard library -------------------------------------------------------------------------
+
+# kinds of source: (lines, index of the line at which prose begins, the prose)
+KINDS = [
+    (["# one line"], 0, "one line"),
+    (["# two", "#", "## lines"], 0, "two\n\nlines"),
+    (["    # indented", "    #   more"], 0, "indented\n  more"),
+    (["\x0c", "# after a form feed"], 1, "after a form feed"),
+    (["def f():", '    """A docstring."""'], 1, "A docstring."),
+    (["async def f():", '    """Two', "", '    lines."""'], 1, "Two\n\nlines."),
+    (["class C:", "    'A class.'", "    # with a comment"], 1, "A class."),
+    (['"""', "# in a string", '"""'], 0, None),
+    (['x = f"""{1}', "# in a template", '"""'], 0, None),
+    (['x = b"""', "# in bytes", '"""'], 0, None),
+    (["x = '\\x0c \\u2028 '  # behind code", "y = '#'"], 0, None),
+    (["z = '\x0c\x1c\u2028'"], 0, None),
+]
+
+
+@given(st.lists(st.sampled_from(KINDS), max_size=12))
+def test_prose_is_the_docstrings_and_comments_with_their_lines(kinds):
+    """A form feed is no line end in Python. Once splitlines() took it for one: all lines moved."""
+    lines, want = ['"""A module."""', ""], [(1, "A module.")]
+    for source, at, text in kinds:
+        if text is not None:
+            want.append((len(lines) + at + 1, text))
+        if source[-1] == "    # with a comment":
+            want.append((len(lines) + len(source), "with a comment"))
+        lines += [*source, ""]
+    source = "\n".join(lines)
+    assert sorted(prose(source, ast.parse(source))) == want
+
+
+def test_the_standard_library_is_itself():
+    files = python_files()
+    assert len(files) > 100 and files == python_files()
+    for path in files:
+        assert not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts[-6:])
+    some = [path for path in files if path.name in ("heapq.py", "calendar.py", "os.py")]
+    with patch.object(data, "python_files", lambda: some):
+        documents = list(standard_library())
+        assert documents == list(read_documents(DataConfig())), "the order must be fixed"
+    topics = [d for d in documents if d.source.startswith("pydoc_data.topics[")]
+    rest = documents[len(topics) :]
+    assert len(topics) > 50 and all(d.text.strip() for d in topics)
+    assert [d.source.split(":")[0] for d in rest] == sorted(d.source.split(":")[0] for d in rest)
+    assert {d.source.split(":")[0] for d in rest} == {"calendar.py", "heapq.py", "os.py"}
+    assert all(len(d.text) >= data.SHORTEST for d in rest)
+    assert any("Heap queue algorithm" in d.text for d in rest)
+
+
+def test_a_file_of_the_standard_library_that_is_no_python_is_passed_over(tmp_path):
+    bad = [write(tmp_path / "a.py", "def"), write(tmp_path / "b.py", b"\xff"), tmp_path / "none.py"]
+    bad.append(write(tmp_path / "d.py", b"x = '\0'"))
+    with patch.object(data, "python_files", lambda: bad):
+        assert all(d.source.startswith("pydoc_data") for d in standard_library())
+
+
+# --- the whole pipe -------------------------------------------------------------------------------
+
+
+def prepare_in(folder: Path, path: Path | None = None, cutting=BYTES, held=0.5, tokenizer=None):
+    config = DataConfig(str(path or folder), held)
+    return prepare(config, cutting, tokenizer, folder / "cache")
+
+
+def left_in(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+
+
+def stored_texts(corpus) -> list[str]:
+    """All stored documents, decoded; END begins each and stands nowhere else."""
+    out = []
+    for shards in (corpus.train, corpus.held):
+        for i in range(len(shards)):
+            end, *ids = shards.document(i).tolist()
+            assert end == corpus.tokenizer.end_of_text and end not in ids
+            out.append(corpus.tokenizer.decode(ids))
+    return out
+
+
+def jsonl(path: Path, contents: list[str]) -> Path:
+    return write(path, "".join(json.dumps({"text": text}) + "\n" for text in contents))
+
+
+@pytest.fixture
+def corpus_path(tmp_path):
+    return jsonl(tmp_path / "a.jsonl", [f"document {i} " * 5 for i in range(40)])
+
+
+words = st.sampled_from([END_OF_TEXT, "<|endof", "text|>", " the", "é", "\0", "\U0001f600", "\r\n"])
+rich = st.lists(words | texts, min_size=1, max_size=8).map("".join).filter(str.strip)
+
+
+@given(st.lists(rich, min_size=2, max_size=8, unique=True), shares, st.sampled_from([0, 257, 300]))
+def test_decoding_the_stored_documents_gives_the_corpus_back(tmp_path, contents, share, vocab_size):
+    """The letters of a special token are letters: no text can forge the end of a document."""
+    folder = fresh(tmp_path)
+    jsonl(folder / "a.jsonl", contents)
+    cutting = TokenizerConfig(vocab_size=vocab_size) if vocab_size else BYTES
+    corpus = prepare_in(folder, cutting=cutting, held=share)
+    held = held_out(documents_of(contents), share).tolist()
+    train = [text for text, out in zip(contents, held, strict=True) if not out]
+    kept = [text for text, out in zip(contents, held, strict=True) if out]
+    assert stored_texts(corpus) == train + kept
+    for side, part, shards in (("train", train, corpus.train), ("held", kept, corpus.held)):
+        size = len("".join(part).encode())
+        assert corpus.meta[side] == {"documents": len(part), "bytes": size,
+                                     "tokens": int(shards.lengths.sum())}  # fmt: skip
+    packed = 8 * len(lzma.compress("".join(kept).encode())) / len("".join(kept).encode())
+    assert corpus.meta["lzma_bits_per_byte"] == pytest.approx(packed)
+
+
+def test_a_single_document_gives_both_parts(tmp_path):
+    text = "".join(f"sentence {i}. " for i in range(100))
+    write(tmp_path / "a.txt", text)
+    train, last = stored_texts(prepare_in(tmp_path))
+    assert train + last == text and len(last) == -(-len(text) // 10)
+
+
+def test_copies_of_one_document_are_refused(tmp_path):
+    """Nothing could be held out; once the evaluation divided by zero bytes."""
+    jsonl(tmp_path / "a.jsonl", ["the same"] * 3)
+    assert "3 copies of one document" in refusal(lambda: prepare_in(tmp_path))
+
+
+def test_the_tokenizer_is_trained_on_the_training_part_only(tmp_path):
+    """No token holds more of a word that stands only in held-out documents than its letters."""
+    held = [t for t in (f"zyzzyva {i} " * 20 for i in range(40))
+            if held_out(documents_of([t]), 0.5)[0]]  # fmt: skip
+    others = [f"common words {i} " * 20 for i in range(40)]
+    jsonl(tmp_path / "a.jsonl", [t for pair in zip(held, others, strict=False) for t in pair])
+    corpus = prepare_in(tmp_path, cutting=TokenizerConfig(vocab_size=320))
+    assert any(b"words" in token for token in corpus.tokenizer.tokens)
+    assert not any(b"z" in token for token in corpus.tokenizer.tokens if len(token) > 1)
+    assert all("zyzzyva" not in text for text in stored_texts(corpus)[: len(corpus.train)])
+
+
+def test_tokens_are_made_once_and_anew_when_something_changed(tmp_path, corpus_path):
+    first = prepare_in(tmp_path)
+    with patch.object(data, "tokenize", side_effect=AssertionError("made again")):
+        again = prepare_in(tmp_path)
+        assert stored_texts(again) == stored_texts(first) and again.meta == first.meta
+        for change in (
+            lambda: prepare_in(tmp_path, held=0.4),
+            lambda: prepare_in(tmp_path, cutting=TokenizerConfig(vocab_size=300)),
+            lambda: prepare_in(tmp_path, tokenizer=BPE.train(["some text"], 258)),
+        ):
+            with pytest.raises(AssertionError, match="made again"):
+                change()
+    assert len(left_in(tmp_path / "cache")) == 1, "what failed must leave nothing"
+    jsonl(corpus_path, [f"another {i}" for i in range(40)])
+    assert all("another" in text for text in stored_texts(prepare_in(tmp_path)))
+    write(tmp_path / "b.txt", "one more")
+    assert "one more" in stored_texts(prepare_in(tmp_path))
+    assert len(left_in(tmp_path / "cache")) == 3
+
+
+class Killed(BaseException):
+    """As a signal: no `except Exception` sees it."""
+
+
+@pytest.mark.parametrize("point", ["held_out", "make_tokenizer", "encode", "write_json"])
+def test_a_stop_in_between_leaves_nothing_half_made(tmp_path, corpus_path, point):
+    with patch.object(data, point, side_effect=Killed), pytest.raises(Killed):
+        prepare_in(tmp_path)
+    assert left_in(tmp_path / "cache") == []
+    whole_corpus = prepare_in(tmp_path)
+    assert len(stored_texts(whole_corpus)) == 40
+
+
+def test_what_a_killed_process_left_is_ignored(tmp_path, corpus_path):
+    """A draft in the cache, and a folder without its description, which is written last."""
+    corpus = prepare_in(tmp_path)
+    (key,) = left_in(tmp_path / "cache")
+    folder = tmp_path / "cache" / key
+    (folder / "meta.json").unlink()
+    write(folder / "train-00007.bin", b"half")
+    shutil.copytree(folder, tmp_path / "cache" / f".{key}.draft" / "tokens")
+    shutil.copytree(folder, tmp_path / "cache" / f".{key}.x.draft" / "tokens")
+    again = prepare_in(tmp_path)
+    assert stored_texts(again) == stored_texts(corpus)
+    assert not (folder / "train-00007.bin").exists()
+
+
+def test_processes_that_make_the_same_tokens_do_not_disturb_each_other(tmp_path, corpus_path):
+    """The second begins and ends while the first is at work. Once they shared one draft folder."""
+    real, inner = data.tokenize, []
+
+    def slow(config, cutting, tokenizer, out):
+        real(config, cutting, tokenizer, out)
+        with patch.object(data, "tokenize", real):
+            inner.append(prepare_in(tmp_path))
+        assert (out / "meta.json").is_file(), "the other took the draft away"
+
+    with patch.object(data, "tokenize", slow):
+        outer = prepare_in(tmp_path)
+    assert stored_texts(outer) == stored_texts(inner[0])
+    assert len(left_in(tmp_path / "cache")) == 1
+
+
+damages = st.sampled_from(["cut", "flip", "delete", "empty", "garbage"])
+FILES = ["tokenizer.json", "meta.json", "train-offsets.npy", "train-00000.bin", "held-offsets.npy"]
+
+
+@given(st.sampled_from(FILES), damages, seeds)
+def test_a_damaged_cache_is_refused_in_a_sentence(tmp_path, name, kind, seed):
+    corpus_path = tmp_path / "a.jsonl"
+    if not corpus_path.exists():
+        jsonl(corpus_path, [f"document {i} " * 5 for i in range(40)])
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    corpus = prepare_in(tmp_path)
+    (key,) = left_in(tmp_path / "cache")
+    path = tmp_path / "cache" / key / name
+    harm(path, kind, seed)
+    if (name, kind) == ("meta.json", "delete"):
+        assert stored_texts(prepare_in(tmp_path)) == stored_texts(corpus)
+    elif kind == "flip":  # may be a blank or a single token, of which nothing can be known
+        try:
+            prepare_in(tmp_path)
+        except UserError as error:
+            assert key in str(error) and "\n" not in str(error)
+    else:
+        assert key in refusal(lambda: prepare_in(tmp_path))
+
+
+def harm(path: Path, kind: str, seed: int) -> None:
+    rng, content = np.random.default_rng(seed), path.read_bytes()
+    at = int(rng.integers(len(content) - 2))  # a JSON file ends with } and a line feed
+    path.write_bytes({
+        "cut": content[:at],
+        "flip": content[:at] + bytes([content[at] ^ (1 << rng.integers(8))]) + content[at + 1 :],
+        "garbage": rng.bytes(len(content) + 1),
+    }.get(kind, b""))  # fmt: skip
+    if kind == "delete":
+        path.unlink()
+
+
+def test_a_cache_that_cannot_be_written_is_refused_in_a_sentence(tmp_path, corpus_path):
+    write(tmp_path / "cache", "a file in the folder's place")
+    assert "cannot write the token files in" in refusal(lambda: prepare_in(tmp_path))
+    (tmp_path / "cache").unlink()
+    with patch.object(np, "save", side_effect=OSError(28, "No space left on device")):
+        assert "No space left" in refusal(lambda: prepare_in(tmp_path))
+    assert left_in(tmp_path / "cache") == []
+
+
+@given(st.lists(rich, max_size=6))
+def test_the_fast_encoder_gives_the_handmade_ids(contents):
+    tokenizer = BPE.train(["the other text, the same text"], 290)
+    want = [tokenizer.encode(text) for text in contents]
+    assert data.encode(tokenizer, tokenizer.to_tiktoken(), contents) == want
+
+
+@pytest.mark.slow
+def test_a_million_blanks_in_a_row_are_encoded():
+    """Once tiktoken's regex panicked, past every `except Exception`."""
+    tokenizer = BPE.bytes()
+    text = " " * 1_100_000 + "x"
+    (ids,) = data.encode(tokenizer, tokenizer.to_tiktoken(), [text])
+    assert tokenizer.decode(ids) == text
+
+
+def test_where_the_fast_encoder_gives_up_the_handmade_one_takes_over():
+    tokenizer = BPE.train(["the other text"], 260)
+    with patch("tiktoken.Encoding.encode_batch", side_effect=ValueError("Regex error")):
+        ids = data.encode(tokenizer, tokenizer.to_tiktoken(), ["the text", ""])
+    assert ids == [tokenizer.encode("the text"), []]
+
+
+# --- settings and demo ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(share):
+    assert "--data.held-out" in refusal(lambda: DataConfig(held_out=share))
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    assert "--tokenizer.vocab-size 256" in refusal(lambda: TokenizerConfig(vocab_size=256))
+    assert TokenizerConfig(vocab_size=257).vocab_size == 257
+
+
+def test_the_demo_shows_a_corpus(tmp_path, monkeypatch, capsys, corpus_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data.path", "a.jsonl", "--context", "40"])
+    data.show()
+    out = capsys.readouterr().out
+    (meta,) = (read_json(path) for path in (tmp_path / data.CACHE).glob("*/meta.json"))
+    assert f"{meta['train']['tokens']:,} tokens" in out and "% full" in out
+    rows = [line[2:] for line in out.splitlines() if line.startswith("  a")]
+    assert len(rows) == 6 and all(len(row) == 40 for row in rows)

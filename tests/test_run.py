@@ -1,0 +1,470 @@
+"""Laws of run.py: a run's folder is whole whatever happens, and its mistakes are one sentence."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from helpers import seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+import run
+from run import (
+    KEEP,
+    Run,
+    UserError,
+    generator,
+    load_tensors,
+    plot_loss,
+    read_json,
+    smooth,
+    write_json,
+    write_whole,
+)
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    """Runs of a test are made in a folder of its own."""
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def fresh() -> Run:
+    """A new run for each example that Hypothesis draws."""
+    return Run.create("", {"steps": 3})
+
+
+def refusal(action) -> str:
+    """The one sentence of a UserError."""
+    with pytest.raises(UserError) as error:
+        action()
+    sentence = str(error.value)
+    assert sentence and "\n" not in sentence
+    return sentence
+
+
+# --- randomness -----------------------------------------------------------------------------------
+
+names = st.sampled_from(["data", "init", "dropout", "1/2", "data/1"])
+streams = st.tuples(st.integers(-5, 300), names, st.integers(0, 300))
+
+
+def draw(stream: tuple[int, str, int]) -> list[float]:
+    return torch.randn(8, generator=generator(*stream)).tolist()
+
+
+@given(st.lists(streams, unique=True, min_size=2, max_size=6))
+def test_each_purpose_has_a_stream_of_its_own_and_nothing_global_is_touched(drawn):
+    state = torch.get_rng_state()
+    first = [draw(stream) for stream in drawn]
+    assert len(set(map(tuple, first))) == len(drawn)
+    assert [draw(stream) for stream in reversed(drawn)] == first[::-1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_streams_are_independent():
+    """Correlations of neighbours in seed, name and step are those of noise: below 6 / √n."""
+    n = 4096
+    drawn = [generator(s, name, t) for s in range(3) for name in ("a", "b") for t in range(3)]
+    normal = np.stack([torch.randn(n, generator=g).double().numpy() for g in drawn])
+    correlation = np.corrcoef(normal) - np.eye(len(drawn))
+    assert np.abs(correlation).max() < 6 / n**0.5
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+@given(st.sets(st.sampled_from(["run-001", "run-007", "run-12", "run-x", "run-", "other", "7"])))
+def test_a_run_without_a_name_gets_the_next_number(taken):
+    with tempfile.TemporaryDirectory() as folder, patch.object(run, "RUNS", Path(folder) / "runs"):
+        for name in taken:
+            (run.RUNS / name).mkdir(parents=True)
+        numbers = [n for n in (1, 7, 12) if {f"run-{n:03d}", f"run-{n}"} & taken]
+        first = max(numbers, default=0) + 1
+        for number in (first, first + 1):
+            made = Run.create("", {"steps": 3})
+            assert made.folder == run.RUNS / f"run-{number:03d}"
+            assert made.config() == {"steps": 3} and made.checkpoints() == []
+
+
+def test_a_name_that_is_taken_is_refused(runs):
+    Run.create("mine", {"steps": 3})
+    sentence = refusal(lambda: Run.create("mine", {"steps": 4}))
+    assert str(runs / "mine") in sentence and "--resume" in sentence
+    assert Run.open("mine").config() == {"steps": 3}
+    (runs / "file").write_text("no folder")
+    assert "exists already" in refusal(lambda: Run.create("file", {}))
+
+
+def test_a_place_that_cannot_be_written_is_refused(runs):
+    runs.write_text("a file in the folder's place")
+    for name in ("", "mine"):
+        assert f"cannot make the run folder {runs}" in refusal(lambda n=name: Run.create(n, {}))
+
+
+def test_open_finds_a_run_by_its_name_its_path_or_as_the_newest(runs, tmp_path):
+    for age, name in enumerate(["new", "old", "older"]):
+        Run.create(name, {"name": name})
+        os.utime(runs / name / "config.json", (10**9 - age, 10**9 - age))
+    (runs / "cache").mkdir()
+    assert Run.open().config() == {"name": "new"}
+    assert Run.open("old").config() == {"name": "old"}
+    assert Run.open(str(runs / "older")).config() == {"name": "older"}
+    assert "is not a run" in refusal(lambda: Run.open("cache"))
+    assert "is not a run" in refusal(lambda: Run.open(str(tmp_path)))
+    sentence = refusal(lambda: Run.open("none"))
+    assert "no run named 'none'" in sentence and str(runs / "none") in sentence
+    assert "no run named" in refusal(lambda: Run.open(str(runs / "new" / "config.json")))
+
+
+def test_open_without_any_run_says_how_to_make_one(runs):
+    assert "python train.py" in refusal(Run.open)
+    runs.mkdir()
+    assert "python train.py" in refusal(Run.open)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"3", b"[" * 100_000])
+def test_settings_that_are_damaged_are_refused(runs, content):
+    path = Run.create("mine", {}).folder / "config.json"
+    path.write_bytes(content)
+    assert f"cannot read {path}" in refusal(Run.open("mine").config)
+    path.unlink()
+    assert f"cannot read {path}" in refusal(lambda: read_json(path))
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text(st.characters()) | st.booleans()))
+def test_json_comes_back(value):
+    path = fresh().folder / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_what_is_logged_is_printed_and_kept(capsys):
+    mine = fresh()
+    mine.log("step 1   loss 2.5 … naïve")
+    mine.log()
+    assert capsys.readouterr().out == "step 1   loss 2.5 … naïve\n\n"
+    assert (mine.folder / "log.txt").read_text("utf-8") == "step 1   loss 2.5 … naïve\n\n"
+
+
+numbers = st.floats(allow_nan=False) | st.integers() | st.text()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), numbers), max_size=9), st.integers(-1, 9))
+def test_measurements_come_back_and_those_after_a_step_are_forgotten(rows, step):
+    mine = fresh()
+    assert mine.metrics() == []
+    for at, value in rows:
+        mine.measure(step=at, loss=value)
+    assert mine.metrics() == [{"step": at, "loss": value} for at, value in rows]
+    mine.forget_after(step)
+    kept = [{"step": at, "loss": value} for at, value in rows if at <= step]
+    assert mine.metrics() == kept
+    mine.measure(step=step + 1, loss=0.5)
+    assert mine.metrics() == [*kept, {"step": step + 1, "loss": 0.5}]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+FILES = ["model.safetensors", "train_state.safetensors", "train_state.json", "manifest.json"]
+dtypes = st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
+)
+shapes = st.lists(st.integers(0, 4), max_size=3)
+layouts = st.sampled_from(["plain", "transposed", "part", "parameter"])
+tensors = st.lists(st.tuples(dtypes, shapes, layouts), max_size=5)
+
+
+def make_tensors(specs, seed: int) -> dict[str, torch.Tensor]:
+    """Any bits at all, NaN included; some tensors are views, as those of a model may be."""
+    out, rng = {}, np.random.default_rng(seed)
+    for i, (dtype, shape, layout) in enumerate(specs):
+        content = list(rng.bytes(int(np.prod([*shape, dtype.itemsize]))))
+        x = torch.tensor(content, dtype=torch.uint8).view(dtype).reshape(shape)
+        if layout == "transposed":
+            x = x.mT if x.dim() > 1 else x
+        elif layout == "part":
+            x = torch.cat((x[None], x[None]))[1]
+        elif layout == "parameter" and dtype.is_floating_point:
+            x = torch.nn.Parameter(x)
+        out[f"layer.{i}"] = x
+    return out
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict:
+    return {
+        name: (x.dtype, x.shape, x.detach().contiguous().flatten().view(torch.uint8).tolist())
+        for name, x in tensors.items()
+    }
+
+
+@given(tensors, tensors, seeds, st.integers(0, 10**7))
+def test_a_checkpoint_gives_back_each_bit(model, state, seed, step):
+    model, state = make_tensors(model, seed), make_tensors(state, seed + 1)
+    mine = fresh()
+    folder = mine.save(step, model, state, {"epoch": 2, "row": seed})
+    assert mine.newest() == folder and sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    assert bits(load_tensors(folder / "model.safetensors")) == bits(model)
+    assert bits(load_tensors(folder / "train_state.safetensors")) == bits(state)
+    assert read_json(folder / "train_state.json") == {"step": step, "epoch": 2, "row": seed}
+
+
+def save(mine: Run, step: int) -> Path:
+    """A small checkpoint whose content tells its step."""
+    return mine.save(step, {"w": torch.full((3,), float(step))}, {"m": torch.ones(2)}, {"row": 1})
+
+
+def step_in(checkpoint: Path) -> int:
+    step = read_json(checkpoint / "train_state.json")["step"]
+    assert load_tensors(checkpoint / "model.safetensors")["w"].tolist() == [step] * 3
+    return step
+
+
+@given(st.lists(st.integers(0, 1_200_000), min_size=1, max_size=6, unique=True).map(sorted))
+def test_only_the_newest_checkpoints_are_kept(steps):
+    """Newest by number: from a million steps on the names are longer."""
+    mine = fresh()
+    for step in steps:
+        save(mine, step)
+        assert step_in(mine.newest()) == step
+    assert [step_in(path) for path in mine.checkpoints()] == steps[::-1][:KEEP]
+    assert len(list((mine.folder / "checkpoints").iterdir())) == min(len(steps), KEEP)
+
+
+def harm(path: Path, kind: str, at: float) -> None:
+    content = path.read_bytes()
+    place = int(at * len(content))
+    if kind == "delete":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(content[:place])
+    elif kind == "flip":
+        flipped = content[place] ^ (1 << place % 8)
+        path.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+    else:
+        path.write_bytes({"list": b"[]", "string": b'"model.safetensors"', "none": b"null"}[kind])
+
+
+kinds = st.sampled_from(["delete", "cut", "flip", "list", "string", "none"])
+places = st.floats(0, 1, exclude_max=True)
+
+
+@given(st.sampled_from(FILES), kinds, places)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(capsys, name, kind, at):
+    mine = fresh()
+    older, newer = save(mine, 1), save(mine, 2)
+    harm(newer / name, kind, at)
+    capsys.readouterr()
+    found = mine.newest()
+    if found == newer:  # a flipped blank, or the last line feed, of the manifest does not matter
+        assert name == "manifest.json" and kind in ("flip", "cut")
+        assert step_in(found) == 2
+    else:
+        assert found == older and step_in(found) == 1
+        assert str(newer) in capsys.readouterr().err
+    harm(older / name, "delete", at)
+    shutil.rmtree(newer)
+    assert f"{mine.folder} has no whole checkpoint" in refusal(mine.newest)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_load():
+    assert "no whole checkpoint" in refusal(fresh().newest)
+
+
+def test_a_tensor_file_that_cannot_be_read_is_refused(tmp_path):
+    for content in (b"", b"garbage", b"\xff" * 100):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert "model.safetensors" in refusal(lambda: load_tensors(tmp_path / "model.safetensors"))
+    assert "none.safetensors" in refusal(lambda: load_tensors(tmp_path / "none.safetensors"))
+
+
+class Killed(BaseException):
+    """As a signal: no `except Exception` sees it."""
+
+
+class Plug:
+    """Pulls the plug at the k-th call that writes: half of the bytes arrive, and nothing after."""
+
+    CALLS = (
+        (run, "save_file"), (Path, "write_text"), (Path, "write_bytes"), (Path, "mkdir"),
+        (Path, "rename"), (Path, "replace"), (os, "fsync"), (shutil, "rmtree"),
+    )  # fmt: skip
+
+    def __init__(self, k: int):
+        self.left = k
+
+    def __enter__(self):
+        self.patches = [patch.object(owner, name, self.wrap(owner, name))
+                        for owner, name in self.CALLS]  # fmt: skip
+        for each in self.patches:
+            each.start()
+
+    def __exit__(self, *error):
+        for each in self.patches:
+            each.stop()
+
+    def wrap(self, owner, name):
+        real, write_bytes = getattr(owner, name), Path.write_bytes
+
+        def call(*args, **kwargs):
+            if self.left:
+                self.left -= 1
+                return real(*args, **kwargs)
+            if name in ("save_file", "write_text", "write_bytes"):
+                real(*args, **kwargs)
+                path = next(arg for arg in args if isinstance(arg, Path))
+                write_bytes(path, path.read_bytes()[: path.stat().st_size // 2])
+            raise Killed
+
+        return call
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
+def test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint(again):
+    """Killed at the k-th write for every k: the newest is the one before, or the new one, whole."""
+    step, k, finished = 2, 0, False
+    outcomes = []
+    while not finished:
+        mine = fresh()
+        save(mine, 1)
+        if again:
+            save(mine, step)
+        try:
+            with Plug(k):
+                save(mine, step)
+            finished = True
+        except Killed:
+            outcomes.append(step_in(mine.newest()))
+        names = {path.name for path in mine.checkpoints()}
+        assert names <= {"step-000001", "step-000002"}
+        save(mine, step)
+        assert step_in(mine.newest()) == step
+        assert sorted(p.name for p in (mine.folder / "checkpoints").iterdir()) == [
+            "step-000001", "step-000002",
+        ], "what was half-written must be gone"  # fmt: skip
+        k += 1
+    assert k > 10 and set(outcomes) == {1, 2}
+    assert again or outcomes == sorted(outcomes)
+
+
+def test_a_draft_that_a_killed_process_left_is_ignored_and_goes():
+    mine = fresh()
+    draft = mine.folder / "checkpoints" / ".step-000002.draft"
+    shutil.copytree(save(mine, 1), draft)
+    (draft / "junk").write_text("left from before")
+    assert [step_in(path) for path in mine.checkpoints()] == [1] and step_in(mine.newest()) == 1
+    assert sorted(p.name for p in save(mine, 2).iterdir()) == sorted(FILES)
+    assert not draft.exists()
+
+
+@given(st.binary(max_size=99), st.binary(max_size=99))
+def test_a_file_is_written_whole_or_not_at_all(old, new):
+    path = fresh().folder / "file"
+    write_whole(path, old)
+    assert path.read_bytes() == old
+    k, finished = 0, False
+    while not finished:
+        try:
+            with Plug(k):
+                write_whole(path, new)
+            finished = True
+        except Killed:
+            assert path.read_bytes() == old
+        k += 1
+    assert path.read_bytes() == new and k == 4  # after the write, the sync and the rename
+    assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoints", "config.json", "file"]
+
+
+# --- the way out ----------------------------------------------------------------------------------
+
+
+def leave(script, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        run.main(script)
+    out = capsys.readouterr()
+    assert out.out == ""
+    return stop.value.code, out.err
+
+
+def test_a_mistake_is_one_sentence_and_exit_status_2(capsys):
+    def script():
+        raise UserError("--steps 0 is too few: choose 1 or more")
+
+    assert leave(script, capsys) == (2, "error: --steps 0 is too few: choose 1 or more\n")
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def script():
+        raise KeyboardInterrupt
+
+    assert leave(script, capsys) == (130, "\nstopped\n")
+
+
+def test_a_bug_keeps_its_traceback(capsys):
+    with pytest.raises(ZeroDivisionError):
+        run.main(lambda: 1 // 0)
+    run.main(lambda: None)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = "import run; run.main(lambda: [print(n) for n in range(10**5)])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    process.stderr.close()
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.floats(0, 0.99))
+def test_smooth_is_the_weighted_mean_of_all_so_far(values, memory):
+    got = smooth(tuple(values), memory)
+    for t in range(len(values)):
+        weights = memory ** np.arange(t, -1, -1.0)
+        want = weights @ np.array(values[: t + 1]) / weights.sum()
+        assert got[t] == pytest.approx(want, abs=1e-9)
+
+
+ROWS = {
+    "nothing": [],
+    "training": [{"step": s, "train_bits_per_byte": 8 / (s + 1)} for s in range(50)],
+    "held out": [{"step": s, "bits_per_byte": 3.0} for s in (10, 20)],
+    "one step": [{"step": 1, "train_bits_per_byte": 2.0, "bits_per_byte": 2.1}],
+    "beyond 8": [{"step": 1, "train_bits_per_byte": 30.0, "bits_per_byte": 20.0}],
+    "other rows": [{"step": 1, "seconds": 0.1}],
+}
+
+
+@pytest.mark.parametrize("lzma", [None, 2.5])
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_loss_becomes_a_picture(rows, lzma):
+    mine = fresh()
+    for row in ROWS[rows]:
+        mine.measure(**row)
+    path = plot_loss(mine, lzma)
+    content = path.read_bytes()
+    assert path == mine.folder / "loss.png" and content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    assert (width, height) == (1040, 585) and 5_000 < len(content) < 500_000
+
+
+def test_metrics_are_one_json_object_a_line():
+    mine = fresh()
+    mine.measure(step=1, loss=2.5)
+    mine.measure(step=2, text="two\nlines")
+    lines = (mine.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert list(map(json.loads, lines)) == mine.metrics() and len(lines) == 2

@@ -1,0 +1,578 @@
+"""The laws of tokenizer.py: nothing is lost, and trusted implementations give the same ids."""
+
+import json
+import pickle
+import random
+import re
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import regex
+import tiktoken
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import tokenizer
+from tokenizer import (
+    BPE,
+    END_OF_TEXT,
+    SPLIT_PATTERNS,
+    apply_merges,
+    apply_merges_to_long,
+    count_pieces,
+    learn_merges,
+    learn_obviously,
+    merge,
+    pair_counts,
+    splitter,
+)
+
+# tiktoken 0.14's own cl100k_base: the oracle of SPLIT_PATTERNS["gpt4"]
+TIKTOKEN_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+TRICKY = "aZſéßΩ中१²'sSltvre019 \t\n\r\v\x1c\x85\xa0\u2028\u3000\u200b_.!-<|>😀\u0301"
+SPECIALS = (END_OF_TEXT, "<|a|>", "<|a|><|b|>", "<|b|>")
+MANUAL = list(topics.values())[:30]
+
+texts = st.one_of(st.text(), st.text(TRICKY), st.text("ab ' \n1"))  # st.text() has no surrogates
+seeds = st.integers(0, 2**32 - 1)
+marked = st.lists(st.one_of(texts, st.sampled_from((*SPECIALS, "<|a", "|>")))).map("".join)
+
+TRAINED = BPE.train(MANUAL, 800, special=SPECIALS)
+PAIRS = BPE.train([a + b for a in TRICKY for b in TRICKY], 3000, r"[\s\S]+", SPECIALS)
+PAIRS = BPE(PAIRS.tokens, PAIRS.merges, PAIRS.special)  # two letters of a piece are always a token
+ALL = {
+    "gpt4": TRAINED,
+    "pairs": PAIRS,
+    "gpt2": BPE.train(MANUAL, 600, "gpt2", SPECIALS),
+    "unsplit": BPE.train([text[:999] for text in MANUAL], 500, r"[\s\S]+", SPECIALS),
+    "bytes": BPE.bytes(SPECIALS),
+}
+IN_TIKTOKEN = {bpe.fingerprint: bpe.to_tiktoken() for bpe in ALL.values()}
+every_tokenizer = pytest.mark.parametrize("bpe", ALL.values(), ids=ALL)
+
+many = settings(max_examples=20 * settings().max_examples)  # for laws that take no time
+
+
+def permuted(bpe: BPE, seed: int) -> tuple[BPE, list[int]]:
+    """The same tokenizer with other ids, special ones among the ordinary, and old id -> new id."""
+    new = list(range(bpe.vocab_size))
+    random.Random(seed).shuffle(new)
+    tokens = [b""] * bpe.vocab_size
+    for old, token in enumerate(bpe.tokens):
+        tokens[new[old]] = token
+    merges = [(new[left], new[right]) for left, right in bpe.merges]
+    return BPE(tokens, merges, {s: new[id] for s, id in bpe.special.items()}, bpe.pattern), new
+
+
+# --- splitting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
+@many
+@given(texts)
+def test_pieces_joined_are_the_text(pattern, text):
+    assert "".join(splitter(pattern)(text)) == text
+
+
+@pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
+@many
+@given(st.text(st.characters(max_codepoint=127)) | st.text("aS'sl1 \t\n\r\x1c."))
+def test_the_patterns_for_ascii_say_the_same(pattern, text):
+    assert splitter(pattern)(text) == regex.findall(SPLIT_PATTERNS[pattern], text)
+
+
+@many
+@given(texts)
+@example("a\n ")
+@example("don'ſ 'S")
+def test_gpt4_pattern_cuts_as_tiktoken_cl100k(text):
+    """In Python's regex, where the pieces show, and in tiktoken, where the merges show them."""
+    assert splitter("gpt4")(text) == regex.findall(TIKTOKEN_CL100K, text)
+    theirs = tiktoken.Encoding(
+        "pairs", pat_str=TIKTOKEN_CL100K, mergeable_ranks=PAIRS._ids, special_tokens={}
+    )
+    assert PAIRS.encode(text) == theirs.encode_ordinary(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [("(", "wrong"), (r"(\w)|\W", "captures"), (r"\w+", "leaves out"), ("a{2", "leaves out")],
+)
+def test_a_pattern_that_cannot_split_is_refused(pattern, problem):
+    with pytest.raises(ValueError, match=problem):
+        BPE.train(["a b"], 300, pattern)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_worked_examples_of_the_docstrings():
+    assert pair_counts({(1, 1, 1, 2): 5}) == {(1, 1): 10, (1, 2): 5}
+    assert merge((1, 1, 1, 2), (1, 1), 9) == (9, 1, 2)
+    assert list(tokenizer.seams(["x", "y"], "ab", "N")) == [("xa", "xN"), ("by", "Ny")]
+    assert list(tokenizer.seams(["", "", ""], "ab", "N")) == [("ba", "NN")]
+
+
+@many
+@given(st.dictionaries(st.text("ab#", max_size=12), st.integers(1, 9), max_size=9))
+@example({"aaaaa": 3, "aaa": 1, "baaab": 2})
+@example({"abababab": 1})
+def test_the_fast_trainer_learns_what_the_obvious_one_learns(counts):
+    assert list(learn_merges(counts)) == list(learn_obviously(counts))
+
+
+@given(st.lists(st.text(" ab\né", max_size=40), max_size=9), st.sampled_from(["gpt2", "gpt4"]))
+def test_the_fast_trainer_learns_the_same_on_split_text(texts, pattern):
+    counts = count_pieces(texts, pattern)
+    assert list(learn_merges(counts)) == list(learn_obviously(counts))
+
+
+def test_the_fast_trainer_learns_the_same_on_real_text():
+    counts = count_pieces(MANUAL[:3])
+    assert list(islice(learn_merges(counts), 60)) == list(islice(learn_obviously(counts), 60))
+
+
+@given(seeds)
+def test_merges_equal_those_of_hugging_face(seed):
+    """With blank as ~ and newline as }, so that byte order is the order of HF's alphabet."""
+    draw = random.Random(seed)
+    text = draw.choice(MANUAL).encode("ascii", "ignore").decode().translate({32: "~", 10: "}"})
+    start, pattern = draw.randrange(len(text)), r"~?[^~}]+|[~}]"
+    text = text[start : start + draw.randrange(9999)]
+    theirs = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    theirs.train_from_iterator([text], trainer)
+    merges = [tuple(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
+    made = ["".join(pair) for pair in merges]
+    ours = BPE.train([text], 500, pattern)
+    pairs = [(ours.tokens[a].decode(), ours.tokens[b].decode()) for a, b in ours.merges]
+    end = next((i for i, token in enumerate(made) if token in made[:i]), len(made))
+    assert pairs[:end] == merges[:end]  # HF gives a text that is made in two ways one id, twice
+    assert end == len(made) or made[end] in ["".join(pair) for pair in pairs[:end]]
+
+
+def test_special_tokens_are_not_trained_on():
+    apart = BPE.train(["ab", "cd"] * 9, 300)
+    assert BPE.train([f"ab{END_OF_TEXT}cd"] * 9, 300) == apart
+    assert not any(b"|" in token and len(token) > 1 for token in apart.tokens)
+
+
+@given(st.lists(texts), st.integers(256, 300), st.sets(st.sampled_from(SPECIALS)))
+def test_vocab_size_counts_bytes_merges_and_specials(texts, size, special):
+    if size < 256 + len(special):
+        with pytest.raises(ValueError, match=f"must be {256 + len(special)} or more"):
+            BPE.train(texts, size, special=special)
+        return
+    bpe = BPE.train(texts, size, special=special)
+    assert bpe.vocab_size == 256 + len(bpe.merges) + len(special) <= size
+    learnable = len(list(learn_merges(count_pieces(texts, special=special))))
+    assert len(bpe.merges) == min(learnable, size - 256 - len(special))
+
+
+def test_one_text_instead_of_several_is_refused():
+    with pytest.raises(ValueError, match=r"write \[text\]"):
+        BPE.train("abc", 300)
+
+
+# --- encoding and decoding ------------------------------------------------------------------------
+
+
+@every_tokenizer
+@many
+@given(marked)
+def test_decoding_undoes_encoding(bpe, text):
+    for policy in ("text", "ids"):
+        assert bpe.decode(bpe.encode(text, policy)) == text
+    assert bpe.decode_bytes(bpe.encode(text)) == text.encode()
+
+
+@many
+@given(texts)
+def test_the_byte_tokenizer_is_utf8(text):
+    assert ALL["bytes"].encode(text) == list(text.encode())
+
+
+@every_tokenizer
+@many
+@given(texts)
+def test_ids_equal_tiktoken(bpe, text):
+    theirs = IN_TIKTOKEN[bpe.fingerprint]
+    assert bpe.encode(text) == theirs.encode_ordinary(text)
+
+
+@every_tokenizer
+def test_ids_equal_tiktoken_on_source_code(bpe):
+    theirs = bpe.to_tiktoken()
+    for module in (tokenizer, json, re, random, regex):
+        text = Path(module.__file__).read_text("utf-8")
+        assert bpe.encode(text) == theirs.encode_ordinary(text)
+
+
+@st.composite
+def ranked_pieces(draw):
+    """Any merges whatever, even such as no training would learn, and ids to apply them to."""
+    pair = st.tuples(st.integers(0, 5), st.integers(0, 5))
+    pairs = draw(st.lists(pair, unique=True, max_size=15))
+    ranks = {pair: (rank, draw(st.integers(0, 5))) for rank, pair in enumerate(pairs)}
+    return draw(st.lists(st.integers(0, 5), max_size=30)), ranks
+
+
+@many
+@given(ranked_pieces())
+def test_the_heap_merges_what_the_simple_loop_merges(piece):
+    ids, ranks = piece
+    assert apply_merges_to_long(ids, ranks) == apply_merges(ids, ranks)
+
+
+class CountedRanks(dict):
+    looked_up = 0
+
+    def get(self, pair):
+        self.looked_up += 1
+        return super().get(pair)
+
+
+@pytest.mark.parametrize("letters", ["a", "the", "etaoinshrdlu"])
+def test_a_piece_of_100_000_letters_takes_linear_work(letters):
+    """Recomputing every pair at each merge would be 10^9 look-ups, as in old tiktoken."""
+    text = "".join(random.Random(0).choices(letters, k=100_000))
+    assert len(splitter("gpt4")(text)) == 1
+    ids = TRAINED.encode(text)
+    assert ids == TRAINED.to_tiktoken().encode_ordinary(text)
+    ranks = CountedRanks(TRAINED._ranks)
+    assert apply_merges_to_long([TRAINED._ids[letter.encode()] for letter in text], ranks) == ids
+    assert ranks.looked_up < 6 * len(text)  # one per place, then one a pop and two a merge
+
+
+@pytest.mark.parametrize("policy", ["text", "ids", "refuse"])
+def test_a_lone_surrogate_is_refused(policy):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        TRAINED.encode("a\ud800", policy)
+
+
+def test_special_tokens_three_ways():
+    text, end = f"a{END_OF_TEXT}", TRAINED.end_of_text
+    assert TRAINED.encode(text, "ids") == [*TRAINED.encode("a"), end]
+    assert TRAINED.encode(text) == TRAINED.to_tiktoken().encode_ordinary(text)
+    assert end not in TRAINED.encode(text)
+    with pytest.raises(ValueError, match=re.escape(f"the special token {END_OF_TEXT!r}")):
+        TRAINED.encode(text, "refuse")
+    assert TRAINED.encode("a <|c|>", "refuse") == TRAINED.encode("a <|c|>")
+    with pytest.raises(ValueError, match="special must be"):
+        TRAINED.encode(text, "all")
+
+
+def test_of_overlapping_special_tokens_the_longest_wins():
+    assert TRAINED.encode("<|a|><|b|>", "ids") == [TRAINED.special["<|a|><|b|>"]]
+    ids = [TRAINED.special[text] for text in ("<|a|>", "<|a|><|b|>", "<|b|>")]
+    assert TRAINED.encode("<|a|><|a|><|b|><|b|>", "ids") == ids
+
+
+@given(marked)
+def test_special_as_text_gives_no_special_id(text):
+    assert not set(TRAINED.encode(text)) & set(TRAINED.special.values())
+
+
+@many
+@given(st.lists(st.integers(0, TRAINED.vocab_size - 1)))
+def test_a_decoded_stream_joined_is_the_text(ids):
+    """Any ids, so also cut letters and bytes that are no UTF-8."""
+    assert "".join(TRAINED.decode_stream(ids)) == TRAINED.decode(ids)
+
+
+def test_a_stream_gives_a_letter_with_its_last_byte():
+    assert list(ALL["bytes"].decode_stream("aé".encode())) == ["a", "", "é", ""]
+
+
+@pytest.mark.parametrize("id", [-1, TRAINED.vocab_size, 10**30])
+def test_an_unknown_id_is_refused(id):
+    for decode in (
+        TRAINED.decode,
+        TRAINED.decode_bytes,
+        lambda ids: list(TRAINED.decode_stream(ids)),
+    ):
+        with pytest.raises(ValueError, match=f"id {id} is not among the 800"):
+            decode([5, id])
+
+
+def test_end_of_text_must_be_there():
+    assert TRAINED.end_of_text == TRAINED.special[END_OF_TEXT]
+    with pytest.raises(ValueError, match=re.escape(f"no {END_OF_TEXT}")):
+        _ = BPE.bytes(()).end_of_text
+
+
+@given(marked, seeds)
+def test_other_ids_change_nothing_else(text, seed):
+    """Nothing is computed from an id: bytes may be shuffled, special tokens come first."""
+    other, new = permuted(TRAINED, seed)
+    for policy in ("text", "ids"):
+        assert other.encode(text, policy) == [new[id] for id in TRAINED.encode(text, policy)]
+    assert other.decode(other.encode(text, "ids")) == text
+
+
+def test_tiktoken_is_refused_where_it_would_give_other_ids():
+    with pytest.raises(ValueError, match="order of the merges"):
+        permuted(TRAINED, 0)[0].to_tiktoken()
+
+
+def test_fingerprint_differs_where_anything_differs():
+    kinds = [*ALL.values(), BPE.bytes(), BPE.bytes(("<|x|>",)), permuted(TRAINED, 1)[0]]
+    kinds.append(BPE(TRAINED.tokens, TRAINED.merges[:-1], TRAINED.special, TRAINED.pattern))
+    assert len({bpe.fingerprint for bpe in kinds}) == len(kinds)
+    assert BPE.train(MANUAL, 800, special=SPECIALS).fingerprint == TRAINED.fingerprint
+
+
+def test_a_tokenizer_can_be_sent_to_another_process():
+    assert pickle.loads(pickle.dumps(TRAINED)) == TRAINED
+
+
+# --- tokenizer.json -------------------------------------------------------------------------------
+
+SHUFFLED = permuted(TRAINED, 7)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    """Every tokenizer's tokenizer.json."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, bpe in (ALL | {"shuffled": SHUFFLED}).items():
+        bpe.save(folder / f"{name}.json")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def test_what_was_saved_is_loaded(saved):
+    """The pattern too, which minbpe once did not keep."""
+    assert len(saved) == len(ALL) + 1  # and no temporary file
+    for name, bpe in ALL.items():
+        assert BPE.load(saved[name]) == bpe
+    loaded = BPE.load(saved["shuffled"])
+    assert loaded.fingerprint == BPE(loaded.tokens, *list(vars(SHUFFLED).values())[1:4]).fingerprint
+
+
+def test_saving_over_a_file_replaces_it_whole(saved, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for bpe in (TRAINED, ALL["bytes"]):
+        bpe.save(path)
+        assert BPE.load(path) == bpe
+    with pytest.raises(OSError):
+        TRAINED.save(tmp_path / "no such folder" / "tokenizer.json")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", [*ALL, "shuffled"])
+def test_hugging_face_gives_the_same_ids(name, saved):
+    bpe, theirs = (ALL | {"shuffled": SHUFFLED})[name], None
+    theirs = tokenizers.Tokenizer.from_file(str(saved[name]))
+    assert theirs.get_vocab_size() == bpe.vocab_size
+
+    @many
+    @given(marked)
+    def law(text):
+        ids = bpe.encode(text, "ids")
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+
+    law()
+
+
+def test_transformers_gives_the_same_ids(saved):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(saved["gpt4"]))
+    assert len(theirs) == TRAINED.vocab_size
+    for text in (*MANUAL[:5], "naïve\n\n  \t😀 1234", f"a{END_OF_TEXT} b<|a|><|b|>"):
+        ids = TRAINED.encode(text, "ids")
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_file_that_hugging_face_trained_is_loaded(listed, tmp_path):
+    """GPT-2's layout: ByteLevel does the splitting, special ids come first, merges are strings."""
+    theirs = tokenizers.Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    theirs.train_from_iterator(MANUAL, trainer)
+    file = json.loads(theirs.to_str())
+    if not listed:
+        file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
+    (tmp_path / "theirs.json").write_text(json.dumps(file))
+    ours = BPE.load(tmp_path / "theirs.json")
+    assert ours.end_of_text == 0 and ours.vocab_size == 700
+    assert ours.pattern == SPLIT_PATTERNS["gpt2"]
+    for text in (*MANUAL[30:33], TRICKY, f"x{END_OF_TEXT}y"):
+        assert ours.encode(text, "ids") == theirs.encode(text).ids
+
+
+def edit(path: str, value):
+    """Sets model.vocab.a, say, to a value, or to what a function makes of the old one."""
+
+    def do(file):
+        *parents, last = path.split("/")
+        for key in parents:
+            file = file[int(key) if isinstance(file, list) else key]
+        last = int(last) if isinstance(file, list) else last
+        file[last] = value(file.get(last)) if callable(value) else value
+
+    return do
+
+
+def drop(path: str):
+    *parents, last = path.split("/")
+    return edit("/".join(parents), lambda old: {k: v for k, v in old.items() if k != last})
+
+
+BROKEN = {
+    "no model": (edit("model", None), "no model"),
+    "no vocab": (drop("model/vocab"), "no vocab"),
+    "merges in a dict": (edit("model/merges", {}), "no merges"),
+    "no added tokens": (edit("added_tokens", None), "no added_tokens"),
+    "WordPiece": (edit("model/type", "WordPiece"), "not BPE"),
+    "normalizer": (edit("normalizer", {"type": "NFC"}), "normalizer"),
+    "dropout": (edit("model/dropout", 0.1), "dropout"),
+    "word end": (edit("model/end_of_word_suffix", "</w>"), "end_of_word_suffix"),
+    "no byte": (drop("model/vocab/ÿ"), "0xff"),
+    "byte renamed": (
+        edit("model/vocab", lambda v: {"zzzz" if k == "ÿ" else k: v[k] for k in v}),
+        "0xff",
+    ),
+    "gap": (edit("model/vocab/a", 801), "gaps"),
+    "huge id": (edit("model/vocab/a", 10**18), "gaps"),
+    "double id": (edit("model/vocab/a", 98), "doubles"),
+    "id a list": (edit("model/vocab/a", [97]), "gaps"),
+    "id a text": (edit("model/vocab/a", "97"), "gaps"),
+    "not in bytes": (
+        edit("model/vocab", lambda v: {"a b" if v[k] == 300 else k: v[k] for k in v}),
+        "bytes",
+    ),
+    "merge of unknown": (edit("model/merges/5", ["a", "qqqq"]), "does not name two tokens"),
+    "merge of one": (edit("model/merges/5", ["a"]), "does not name two tokens"),
+    "merge of numbers": (edit("model/merges/5", [97, 98]), "does not name two tokens"),
+    "merge makes unknown": (edit("model/merges/5", ["q", "x"]), "needs or makes"),
+    "merge of special": (edit("model/merges/5", ["a", END_OF_TEXT]), "needs or makes"),
+    "merge twice": (edit("model/merges", lambda merges: merges[:1] + merges), "listed twice"),
+    "special twice": (edit("added_tokens", lambda added: added + added[:1]), "listed twice"),
+    "special no text": (edit("added_tokens/0/content", 5), "is not a text"),
+    "special empty": (edit("added_tokens/0/content", ""), "empty"),
+    "special strips": (edit("added_tokens/0/lstrip", True), "nothing more"),
+    "special id taken": (edit("added_tokens/0/id", 97), "clashes"),
+    "special is ordinary": (edit("added_tokens/0/content", "a"), "clashes"),
+    "new special far": (
+        edit("added_tokens", lambda added: [*added, {"id": 10**18, "content": "<|new|>"}]),
+        "without a gap",
+    ),
+    "special id far": (edit("added_tokens/0/id", 10**18), "clashes"),
+    "pre_tokenizer": (edit("pre_tokenizer", {"type": "Whitespace"}), "pre_tokenizer"),
+    "prefix space": (
+        edit("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}),
+        "Split",
+    ),
+    "pattern": (edit("pre_tokenizer/pretokenizers/0/pattern/Regex", "("), "split pattern"),
+    "unreachable": (
+        lambda f: (edit("model/merges", [])(f), drop("model/ignore_merges")(f)),
+        "lead",
+    ),
+}
+
+
+def assert_one_sentence(error: pytest.ExceptionInfo, path: Path) -> None:
+    sentence = str(error.value)
+    assert sentence.startswith(str(path)) and "\n" not in sentence and len(sentence) < 500
+    assert sentence.endswith("write this one again with BPE.save")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused_with_one_sentence(name, saved, tmp_path):
+    breaks, problem = BROKEN[name]
+    file, path = json.loads(saved["gpt4"].read_text("utf-8")), tmp_path / "broken.json"
+    breaks(file)
+    path.write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=problem) as error:
+        BPE.load(path)
+    assert_one_sentence(error, path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x89PNG\r\n\xff\xfe", b"{", b"null", b"[]", b'"a"', b"5", b"[" * 100_000]
+)
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        BPE.load(path)
+    assert_one_sentence(error, path)
+
+
+@many
+@given(seeds)
+def test_a_mutated_file_is_loaded_or_refused(saved, tmp_path_factory, seed):
+    draw = random.Random(seed)
+    content = bytearray(saved["gpt4"].read_bytes())
+    if draw.random() < 0.3:
+        del content[draw.randrange(len(content)) :]
+    for _ in range(draw.randrange(1, 4)):
+        place = draw.choice((400, len(content))) - 1
+        if place > 0:
+            content[draw.randrange(min(place, len(content)))] = draw.choice(
+                b'"[]{},:0129aeln\\ \xff'
+            )
+    path = tmp_path_factory.getbasetemp() / "mutated.json"
+    path.write_bytes(content)
+    try:
+        bpe = BPE.load(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert bpe.decode(bpe.encode("any text")) == "any text"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"tokens": [bytes([b]) for b in range(255)]}, "byte 0xff"),
+        ({"tokens": [bytes([b]) for b in range(256)] + [b"a"]}, "same bytes"),
+        ({"merges": [(97, 98)]}, "needs or makes"),
+        ({"merges": [(97, 999)]}, "needs or makes"),
+        ({"special": {"": 256}}, "empty"),
+        ({"special": {"\ud800": 256}}, "unprintable"),
+        ({"special": {"<|x|>": 255}}, "clashes"),
+        ({"special": {"<|x|>": 256, "<|y|>": 256}}, "clashes"),
+        ({"special": {"a": 256}}, "clashes"),
+        ({"special": {"<|x|>": 257}}, "without a gap"),
+    ],
+)
+def test_a_vocabulary_that_contradicts_itself_is_refused(fields, problem):
+    whole = {"tokens": [bytes([b]) for b in range(256)], "merges": [], "special": {}}
+    with pytest.raises(ValueError, match=problem):
+        BPE(**whole | fields)
+
+
+# --- the idea, shown ------------------------------------------------------------------------------
+
+
+def test_the_script_shows_each_token_of_the_text(capsys, saved):
+    tokenizer.main(tokenizer.Settings(text="the naïve", vocab_size=300))
+    assert "' the'" in capsys.readouterr().out
+    tokenizer.main(tokenizer.Settings(text="the naïve", file=str(saved["bytes"])))
+    shown = capsys.readouterr().out
+    assert Counter(re.findall(r" ([0-9a-f]{2})$", shown, re.M)) == Counter(
+        f"{byte:02x}" for byte in "the naïve".encode()
+    )
