@@ -1,10 +1,10 @@
 """How tokens look at each other, and how they know where they are.
 
-Idea: every token asks a question (query), offers an answer to a kind of question (key) and carries a
-message (value); it takes the messages of the tokens whose keys fit its query. That sum knows no
-order, so a position scheme tells each token its place: added to what goes in (learned), or by turning
-queries and keys by an angle that grows with the position (RoPE), so that a product of two of them
-depends on their distance only.
+Idea: every token asks a question (query), offers an answer to a kind of question (key) and carries
+a message (value); it takes the messages of the tokens whose keys fit its query. That sum knows no
+order, so a position scheme tells each token its place: added to what goes in (learned), or by
+turning queries and keys by an angle that grows with the position (RoPE), so that a product of two
+of them depends on their distance only.
 
 Run: python -m pytest tests/test_attention.py
 
@@ -49,11 +49,11 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-# --- masks ------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def causal_mask(T: int, past: int = 0, device: torch.device | str = "cpu") -> Mask:
-    """Token t sees itself and all before it, the `past` tokens of the cache included: 0 ≤ s ≤ P + t."""
+    """Token t sees itself and all before it, the cache's `past` tokens too: 0 ≤ s ≤ P + t."""
     hi = torch.arange(past, past + T, device=device)[None]
     return Mask(torch.zeros_like(hi), hi)
 
@@ -64,7 +64,7 @@ def document_mask(starts: Tensor) -> Mask:
     return Mask(starts, hi)
 
 
-# --- positions --------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 class NoPosition(nn.Module):
@@ -119,14 +119,14 @@ POSITIONS = {
 }
 
 
-# --- the layer --------------------------------------------------------------------------------------
+# --- the layer ------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
     """Multi-head attention with H query heads that share K key-value heads.
 
-    Its number of heads follows from the width of its own projections, so a part of the heads (tensor
-    parallelism) is a smaller layer of the same kind.
+    Its number of heads follows from the width of its own projections, so a part of the heads
+    (tensor parallelism) is a smaller layer of the same kind.
     """
 
     def __init__(self, config):
@@ -143,7 +143,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Mask, rotation: Rotation | None = None, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
-        """x (B T C) looks at the past and itself; returns the result (B T C) and its own new k, v."""
+        """x (B T C) looks at the past and itself; the result (B T C), and its own new k, v."""
         q, k, v = (
             linear(x).unflatten(-1, (-1, self.head_dim))  # B T H D
             for linear in (self.query, self.key, self.value)

@@ -257,7 +257,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path, name: str):
-        offsets = np.load(folder / f"{name}-offsets.npy")
+        offsets = np.fromfile(folder / f"{name}-offsets.int64", np.int64)
         self.starts, self.lengths = offsets[:-1], np.diff(offsets)
         dtype = np.dtype(read_json(folder / "meta.json")["dtype"])
         files = sorted(folder.glob(f"{name}-*.bin"))
@@ -299,7 +299,8 @@ class ShardWriter:
 
     def close(self) -> dict:
         self.file.close()
-        np.save(self.folder / f"{self.name}-offsets.npy", np.cumsum([0, *self.lengths]))
+        offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
+        offsets.tofile(self.folder / f"{self.name}-offsets.int64")
         return {
             "documents": len(self.lengths), "tokens": sum(self.lengths), "bytes": self.bytes
         }  # fmt: skip
@@ -332,7 +333,7 @@ def prepare(
     try:
         tokenizer = BPE.load(folder / "tokenizer.json")
         train, held = Shards(folder, "train"), Shards(folder, "held")
-    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"the token files in {folder} are damaged, delete them: {error}") from None
     return Corpus(tokenizer, train, held, read_json(folder / "meta.json"))
 
@@ -357,7 +358,8 @@ def identity(config: DataConfig) -> list:
     """What a corpus is known by: its files' names, sizes and times, and how it is split."""
     files = files_of(config.path) if config.path else python_files()
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return [config.held_out, stats, "" if config.path else [sys.version, SHORTEST]]
+    own = [] if config.path else [sys.version, SHORTEST]
+    return [config.held_out, LAST_TENTH, stats, own]
 
 
 def tokenize(

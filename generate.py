@@ -1,9 +1,9 @@
 """Text from a model, one token at a time, with a cache of what it has already looked at.
 
-Idea: to write a token the model needs the keys and values of all tokens before it. They do not change,
-so they are kept: a new token costs one row of work instead of the whole text again. Which token is
-taken is a choice: the likeliest (greedy), or one drawn from the probabilities, sharpened by a
-temperature and cut to the top k or to the smallest set that holds the share p.
+Idea: to write a token the model needs the keys and values of all tokens before it. They do not
+change, so they are kept: a new token costs one row of work instead of the whole text again. Which
+token is taken is a choice: the likeliest (greedy), or one drawn from the probabilities, sharpened
+by a temperature and cut to the top k or to the smallest set that holds the share p.
 
 Run: python generate.py                              three samples from the newest run
      python generate.py --prompt "Return the" --samples 2 --temperature 0.7
@@ -49,7 +49,7 @@ class Sampling:
             raise UserError("--top-k must be 0 or more, and --top-p above 0 and at most 1")
 
 
-# --- choosing a token -------------------------------------------------------------------------------
+# --- choosing a token -----------------------------------------------------------------------------
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
@@ -79,18 +79,18 @@ def distribution(logits: Tensor, how: Sampling) -> Tensor:
 
 
 def draw(probability: Tensor, u: Tensor) -> Tensor:
-    """The token where the running sum of probabilities (B V) first exceeds u · total, 0 ≤ u < 1 (B)."""
+    """The token where the running sum of probabilities (B V) first exceeds u · total, u (B) < 1."""
     total = probability.cumsum(-1)
     token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
     last = total.shape[-1] - 1 - probability.flip(-1).gt(0).to(torch.uint8).argmax(-1)
     return token.minimum(last)  # rounding must not reach a token of probability 0
 
 
-# --- the cache --------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 class Cache:
-    """Room for the keys and values of `capacity` tokens in every layer; layers read, this one writes."""
+    """Room for the keys and values of `capacity` tokens: layers read them, only this one writes."""
 
     def __init__(self, model: Transformer, B: int, capacity: int):
         self.capacity, self.length = capacity, 0
@@ -131,11 +131,11 @@ def generate(
     stop: set[int],
     seed: int,
 ) -> Iterator[list[int | None]]:
-    """Continue each prompt by at most `tokens` tokens; yields one token a prompt, None where it ended.
+    """Continue each prompt by at most `tokens` tokens; yields one a prompt, None where it ended.
 
-    A sample ends at a stop token, which is yielded too; all end when the longest prompt and its text
-    have filled the context.
-    Sample i draws from its own stream of randomness, whatever stands beside it.
+    A sample ends at a stop token, which is yielded too; all end when the longest prompt and its
+    text have filled the context. Sample i draws from its own stream of randomness, whatever stands
+    beside it.
     """
     longest, room = max(map(len, prompts)), model.config.context
     if min(map(len, prompts)) == 0:
@@ -161,7 +161,7 @@ def generate(
             return
 
 
-# --- loading ----------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def model_config(values: object, where: Path) -> ModelConfig:
@@ -186,15 +186,15 @@ def load_weights(model: Transformer, path: Path) -> None:
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> BPE:
-    """The tokenizer of a run; UserError if it is damaged or not the one the model was trained with."""
+    """The tokenizer of a run; UserError if it is damaged or is not the model's own."""
     try:
         tokenizer = BPE.load(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from None
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens but the model was trained with {vocab_size}: "
-            "this is not its tokenizer"
+            f"{path} has {tokenizer.vocab_size} tokens but the model was trained with "
+            f"{vocab_size}: this is not its tokenizer"
         )
     return tokenizer
 
@@ -208,7 +208,7 @@ def load(run: Run, device: torch.device) -> tuple[Transformer, BPE]:
     return model.to(device).eval(), tokenizer
 
 
-# --- the script -------------------------------------------------------------------------------------
+# --- the script -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

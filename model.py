@@ -1,19 +1,21 @@
 """The transformer, plain: it knows no ranks, no adapters, no quantization.
 
-Idea: a stream of one vector per token runs through L blocks. Each block reads the stream twice, once
-to let tokens look at each other (attention) and once to think about each token alone (feed-forward),
-and adds what it finds. A last matrix turns the stream into a score for every possible next token.
+Idea: a stream of one vector per token runs through L blocks. Each block reads the stream twice,
+once to let tokens look at each other (attention) and once to think about each token alone
+(feed-forward), and adds what it finds. A last matrix turns the stream into a score for every
+possible next token.
 
-Variants are entries of tables: NORMS and ACTIVATIONS here, POSITIONS and ATTENTIONS in attention.py.
-The head stands apart from the stream, so that a fused loss, a reward or a value head attach from
-outside: `model(ids)` gives hidden states, `model.head_weight` the matrix, `model.logits` their product.
+Variants are entries of tables: NORMS and ACTIVATIONS here, POSITIONS and ATTENTIONS in
+attention.py. The head stands apart from the stream, so that a fused loss, a reward or a value head
+attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
+`model.logits` their product.
 
 Run: python -m pytest tests/test_model.py
 
-Papers: Vaswani et al. 2017 (arXiv 1706.03762); Radford et al. 2019, GPT-2; Touvron et al. 2023, Llama
-(arXiv 2302.13971); Zhang and Sennrich 2019, RMSNorm (arXiv 1910.07467); Ba et al. 2016, LayerNorm
-(arXiv 1607.06450); Shazeer 2020, gated units (arXiv 2002.05202); Press and Wolf 2017, tied head
-(arXiv 1608.05859).
+Papers: Vaswani et al. 2017 (arXiv 1706.03762); Radford et al. 2019, GPT-2; Touvron et al. 2023,
+Llama (arXiv 2302.13971); Zhang and Sennrich 2019, RMSNorm (arXiv 1910.07467); Ba et al. 2016,
+LayerNorm (arXiv 1607.06450); Shazeer 2020, gated units (arXiv 2002.05202); Press and Wolf 2017,
+tied head (arXiv 1608.05859).
 
 Letters: B batch · T tokens · C model width · F feed-forward width · V vocabulary · L layers.
 """
@@ -30,7 +32,7 @@ from attention import POSITIONS, Attention, KeyValue, Linear, Mask, Rotation, ca
 from kernels.norm import rmsnorm
 from run import UserError, generator
 
-# --- settings ---------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class ModelConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(
-                f"RoPE turns pairs of channels: --model.dim {self.dim} / --model.heads {self.heads} "
-                f"= {self.head_dim} must be even"
+                f"RoPE turns pairs of channels, so --model.dim {self.dim} / --model.heads "
+                f"{self.heads} = {self.head_dim} must be even"
             )
 
     @property
@@ -86,7 +88,7 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
-        """F. Gated units have three matrices instead of two: 8/3 C keeps 8 C² weights (Shazeer 2020)."""
+        """F. Gated units have three matrices, not two: 8/3 C keeps 8 C² weights (Shazeer 2020)."""
         if self.ffn_dim:
             return self.ffn_dim
         return -(-8 * self.dim // 24) * 8 if ACTIVATIONS[self.activation].gated else 4 * self.dim
@@ -102,7 +104,7 @@ PRESETS = {
 }
 
 
-# --- parts ------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -152,7 +154,7 @@ ACTIVATIONS = {
 
 
 class FeedForward(nn.Module):
-    """W_down · bend(W_up x), or W_down · (silu(W_gate x) ∘ W_up x) for SwiGLU (Shazeer 2020, eq. 6)."""
+    """W_down · bend(W_up x); SwiGLU: W_down · (silu(W_gate x) ∘ W_up x) (Shazeer 2020, eq. 6)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -187,7 +189,7 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x)), new
 
 
-# --- the model --------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 class Transformer(nn.Module):
@@ -231,7 +233,7 @@ class Transformer(nn.Module):
         mask: Mask | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """As `forward`, for ids that follow a past of P tokens; also each layer's new keys and values."""
+        """As `forward`, for ids that follow P past tokens; and each layer's new keys and values."""
         P, T = past[0][0].shape[2] if past else 0, ids.shape[1]
         if positions is None:
             positions = torch.arange(P, P + T, device=ids.device)[None]
@@ -252,7 +254,7 @@ class Transformer(nn.Module):
 
 
 def initialize(model: Transformer, seed: int) -> None:
-    """Draw every weight from its own stream, named after it: no weight depends on which others exist.
+    """Draw every weight from its own stream: none depends on which other weights exist.
 
     Matrices: normal with variance 1/fan_in, so that each keeps the scale of what goes through;
     the two that write into the stream (attention output, feed-forward down) start at zero, so that
@@ -267,7 +269,7 @@ def initialize(model: Transformer, seed: int) -> None:
         p.data.copy_(torch.randn(p.shape, generator=rng) * std)
 
 
-# --- Hugging Face's names ---------------------------------------------------------------------------
+# --- Hugging Face's names -------------------------------------------------------------------------
 
 LLAMA = {
     "embedding": "model.embed_tokens.weight",
@@ -317,7 +319,7 @@ def gpt2_config(hf: dict) -> ModelConfig:
 
 
 def from_hugging_face(hf: dict, tensors: dict[str, Tensor]) -> Transformer:
-    """A Llama or GPT-2 of Hugging Face's transformers, from its config.json and its tensors by name."""
+    """A Llama or GPT-2 of Hugging Face's transformers, from its config and its tensors by name."""
     llama = hf["model_type"] == "llama"
     model = Transformer(llama_config(hf) if llama else gpt2_config(hf))
     table = LLAMA if llama else GPT2_NAMES
@@ -335,7 +337,7 @@ def is_in_block(name: str) -> bool:
 
 
 def hugging_face_name(name: str, table: dict[str, str]) -> tuple[str, int | None]:
-    """Their name for one of our parameters, and which third of it ours is, or None for all of it."""
+    """Their name for a parameter of ours, and which third of theirs ours is, or None for all."""
     if name in table:
         return table[name], None
     layer = ""
@@ -347,7 +349,7 @@ def hugging_face_name(name: str, table: dict[str, str]) -> tuple[str, int | None
     return f"{layer}{theirs}.{kind}", int(part) if part else None
 
 
-# --- counting ---------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> int:

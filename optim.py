@@ -42,7 +42,7 @@ class OptimConfig:
     final: float = 0.0  # last learning rate, as a share of the highest
 
 
-# --- schedules --------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,  # Loshchilov and Hutter 2017, eq. 5
@@ -63,15 +63,15 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.final + (1 - config.final) * SCHEDULES[config.schedule](x))
 
 
-# --- which weight is what ---------------------------------------------------------------------------
+# --- which weight is what -------------------------------------------------------------------------
 
 
 def is_block_matrix(name: str, p: Tensor) -> bool:
-    """A matrix that maps the stream to the stream: not an embedding, a position table or the head."""
+    """A matrix that maps stream to stream: not an embedding, a position table or the head."""
     return p.dim() == 2 and name.startswith("layers.")
 
 
-# --- AdamW ------------------------------------------------------------------------------------------
+# --- AdamW ----------------------------------------------------------------------------------------
 
 
 def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr: float, decay: float, c) -> None:
@@ -117,7 +117,7 @@ class AdamW:
                 x.copy_(state[f"{kind}/{name}"])
 
 
-# --- Muon -------------------------------------------------------------------------------------------
+# --- Muon -----------------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 among those that keep values near 1
 MUON_MOMENTUM = 0.95

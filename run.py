@@ -8,11 +8,11 @@
                                            train_state.json, manifest.json (a hash of each)
                 loss.png           the picture
 
-A checkpoint is written to a temporary folder, synced to the disk and then renamed: it is there whole
-or not at all. Nothing is ever unpickled.
+A checkpoint is written to a temporary folder, synced to the disk and then renamed: it is there
+whole or not at all. Nothing is ever unpickled.
 
-Also here, because every script needs them: streams of randomness with names, and errors that are one
-sentence for the person at the terminal.
+Also here, because every script needs them: streams of randomness with names, and errors that are
+one sentence for the person at the terminal.
 
 Run: python -m pytest tests/test_run.py
 """
@@ -57,12 +57,12 @@ def main(script: Callable[[], None]) -> None:
 
 
 def generator(seed: int, name: str, step: int = 0) -> torch.Generator:
-    """A stream of randomness of its own for each (seed, purpose, step); nothing global is seeded."""
+    """A stream of randomness for each (seed, purpose, step); nothing global is seeded."""
     digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-# --- the folder -------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 class Run:
@@ -161,7 +161,7 @@ class Run:
                       key=lambda p: int(p.name[5:]))  # fmt: skip
 
     def newest(self) -> Path:
-        """The newest checkpoint whose files are what its manifest says; what is passed over is told."""
+        """The newest checkpoint that is what its manifest says; what is passed over is told."""
         for path in self.checkpoints():
             fault = damage(path)
             if fault is None:
@@ -189,7 +189,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read the weights in {path}: {error}") from None
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -233,7 +233,7 @@ def shareless(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-# --- pictures ---------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def plot_loss(run: Run, lzma: float | None = None) -> Path:

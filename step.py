@@ -1,7 +1,7 @@
 """One update: from micro-batches to gradients to new weights, and what the machine makes of it.
 
-Idea: the loss of a step is the sum over all its tokens divided by their number, however they are cut
-into micro-batches; then one clip of the whole gradient, then one move of the optimizer.
+Idea: the loss of a step is the sum over all its tokens divided by their number, however they are
+cut into micro-batches; then one clip of the whole gradient, then one move of the optimizer.
 
 Run: python step.py      our update against the same network in plain torch, side by side (a minute)
 
@@ -30,7 +30,7 @@ from objectives import IGNORE, Batch
 from optim import OPTIMIZERS, OptimConfig
 from run import UserError, generator, main
 
-# --- the update -------------------------------------------------------------------------------------
+# --- the update -----------------------------------------------------------------------------------
 
 
 def loss_sum(model: Transformer, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
@@ -44,7 +44,7 @@ def accumulate(
 ) -> tuple[float, int]:
     """Add the gradient of the mean loss over all tokens of all batches; (that loss, their number).
 
-    The mean is over tokens, not over batches: a batch with few targets weighs as little as it holds.
+    The mean is over tokens, not over batches: one with few targets weighs little.
     """
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
     total = 0.0
@@ -56,7 +56,7 @@ def accumulate(
 
 
 def clip_by_norm(parameters: Iterable[Tensor], largest: float) -> float:
-    """g ← g · min(1, largest/‖g‖) over all gradients together; returns ‖g‖ (Pascanu et al., alg. 1).
+    """g ← g · min(1, largest/‖g‖), all gradients as one; returns ‖g‖ (Pascanu et al., alg. 1).
 
     largest = 0 clips nothing.
     """
@@ -74,7 +74,7 @@ def update(
     model: Transformer, batches: list[Batch], optimizer, lr: float, clip: float,
     dtype: torch.dtype | None = None,
 ) -> tuple[float, int, float]:  # fmt: skip
-    """One step of training: (mean loss in nats per token, tokens, gradient norm before clipping)."""
+    """One step: (mean loss in nats per token, tokens, gradient norm before clipping)."""
     for p in model.parameters():
         p.grad = None
     loss, tokens = accumulate(model, batches, dtype)
@@ -99,7 +99,7 @@ def to(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(field.to(device, non_blocking=True) for field in batch))
 
 
-# --- the machine ------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,7 +145,7 @@ def machine(device: torch.device) -> str:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """The fastest that a large product of matrices runs here and now, in FLOP/s: the best of several."""
+    """How fast a large product of matrices runs here and now, in FLOP/s: the best of several."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
@@ -170,13 +170,13 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-# --- against plain torch ----------------------------------------------------------------------------
+# --- against plain torch --------------------------------------------------------------------------
 
 
 class PlainTransformer(nn.Module):
-    """The default network as one writes it in plain torch: nn.Linear, nn.RMSNorm, SDPA, F.cross_entropy.
+    """The default network in plain torch: nn.Linear, nn.RMSNorm, SDPA, F.cross_entropy.
 
-    Its parameters are copies of `model`'s, so it must give the same loss; here only its speed counts.
+    Its parameters are copies of `model`'s, so it gives the same loss; here only its speed counts.
     """
 
     def __init__(self, model: Transformer):
@@ -232,7 +232,7 @@ class PlainTransformer(nn.Module):
 
 @dataclass(frozen=True)
 class Bench:
-    """Time one update of ours against the same network in plain torch, alternating in one process."""
+    """Time an update against the same network in plain torch, alternating in one process."""
 
     model: ModelConfig = ModelConfig(dim=384, layers=6, heads=6, vocab_size=257)
     batch: int = 12  # rows of a step
@@ -293,12 +293,13 @@ def bench() -> None:
     model = Transformer(config.model)
     tokens = config.batch * config.model.context
     flops = tokens * training_flops(model, config.model.context)
-    print(f"{count_parameters(model):,} parameters, {config.batch} × {config.model.context} tokens, "
+    print(f"{count_parameters(model):,} parameters, {tokens:,} tokens an update, "
           f"{machine(device)}, torch {torch.__version__}")  # fmt: skip
     for name, seconds in times.items():
         t = statistics.median(seconds)
         print(
-            f"{name:12} {1e3 * t:8.1f} ms   {tokens / t:9,.0f} tokens/s   {flops / t / 1e9:7,.0f} GFLOP/s"
+            f"{name:12} {1e3 * t:8.1f} ms   {tokens / t:9,.0f} tokens/s   "
+            f"{flops / t / 1e9:7,.0f} GFLOP/s"
         )
     for slow, fast in (
         ("plain fp32", "ours fp32"),

@@ -1,20 +1,20 @@
 """Train a language model: raw text in, a model that writes out.
 
-Idea: read text, cut it into tokens, and let a transformer guess each next token, a few thousand times;
-after each guess move its weights a little towards what it should have said.
+Idea: read text, cut it into tokens, and let a transformer guess each next token, a few thousand
+times; after each guess move its weights a little towards what it should have said.
 
-Run: python train.py                      Python's own documentation, a million weights, a few minutes
+Run: python train.py                      Python's own documentation, a million weights, a few
+minutes
      python train.py --data.path book.txt --steps 3000
      python train.py --resume             go on where the newest run was stopped
      python train.py --help               every setting
 
-Everything that a run was, is in its folder: runs/<name>/config.json, metrics.jsonl, log.txt, loss.png,
-tokenizer.json and checkpoints/. Ctrl-C saves and says how to go on.
+Everything that a run was, is in its folder: runs/<name>/config.json, metrics.jsonl, log.txt,
+loss.png, tokenizer.json and checkpoints/. Ctrl-C saves and says how to go on.
 
 Papers: Radford et al. 2019, GPT-2; Hoffmann et al. 2022 (arXiv 2203.15556) on how long to train.
 """
 
-import json
 import math
 import re
 import shlex
@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -69,14 +68,14 @@ class Train:
 MAY_CHANGE = {"name", "resume", "steps", "evaluate_every", "save_every", "device"}  # on resuming
 
 
-# --- settings ---------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def parse(arguments: list[str]) -> tuple[Train, Run | None]:
     """The settings, and the run to resume if there is one.
 
-    A preset is read first and then changed by the other flags, wherever it stands among them; a resumed
-    run's own settings take the place of the defaults.
+    A preset is read first and then changed by the other flags, wherever it stands among them; a
+    resumed run's own settings take the place of the defaults.
     """
     default, run = Train(), None
     name = re.search(r"--model\.preset[ =](\S+)", " ".join(arguments))
@@ -92,8 +91,8 @@ def parse(arguments: list[str]) -> tuple[Train, Run | None]:
     for name in sorted({f for f in asdict(config) if f not in MAY_CHANGE}):
         if getattr(config, name) != getattr(default, name):
             raise UserError(
-                f"{run.folder} cannot go on with another {name}: it was {getattr(default, name)!r}; "
-                "start a new run for that"
+                f"{run.folder} cannot go on with another {name} than "
+                f"{getattr(default, name)!r}: start a new run for that"
             )
     return config, run
 
@@ -118,8 +117,8 @@ def sized(model: ModelConfig, known: int) -> ModelConfig:
     """The model's settings with as many tokens as the tokenizer knows."""
     if model.vocab_size not in (0, known):
         raise UserError(
-            f"--model.vocab-size {model.vocab_size} does not fit the tokenizer, which knows {known} tokens: "
-            f"give --model.vocab-size 0, or a corpus and --tokenizer.vocab-size that reach it"
+            f"--model.vocab-size {model.vocab_size} does not fit the tokenizer, which knows "
+            f"{known} tokens: give --model.vocab-size 0, or a --tokenizer.vocab-size that reaches it"
         )
     return replace(model, vocab_size=known)
 
@@ -128,7 +127,7 @@ def command(arguments: list[str]) -> str:
     return shlex.join(["python", "train.py", *arguments])
 
 
-# --- what the first lines say -----------------------------------------------------------------------
+# --- what the first lines say ---------------------------------------------------------------------
 
 
 def introduce(run: Run, training: "Training") -> float:
@@ -148,7 +147,7 @@ def introduce(run: Run, training: "Training") -> float:
         f"text     {meta['source']}: {train['documents']:,} documents, {train['bytes']:,} bytes\n"
         f"held out {held['documents']:,} documents, {held['bytes']:,} bytes; "
         f"lzma writes them in {meta['lzma_bits_per_byte']:.3f} bits per byte\n"
-        f"tokens   {corpus.tokenizer.vocab_size:,} known, {train['bytes'] / train['tokens']:.2f} bytes each\n"
+        f"tokens   {m.vocab_size:,} known, {train['bytes'] / train['tokens']:.2f} bytes each\n"
         f"model    {m.layers} blocks, {m.dim} wide, {m.heads} heads of {m.head_dim}, feed-forward "
         f"{m.ffn_width}: {N:,} parameters\n"
         f"step     {config.accumulate} × {config.batch} rows × {m.context} = {tokens:,} tokens; "
@@ -162,11 +161,11 @@ def introduce(run: Run, training: "Training") -> float:
     return peak
 
 
-# --- the run ----------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 class Interrupt:
-    """While it is open, Ctrl-C and SIGTERM ask to stop after the step; a second one stops at once."""
+    """While open, Ctrl-C and SIGTERM ask to stop after the step; a second one stops at once."""
 
     def __init__(self):
         self.asked = False
@@ -211,8 +210,8 @@ class Training:
         loss, _, norm = update(self.model, batches, self.optimizer, lr, c.optim.clip, self.dtype)
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} at step {self.step + 1}: the run has diverged; lower --optim.lr "
-                f"from {c.optim.lr} and start again"
+                f"the loss is {loss} at step {self.step + 1}: the run has diverged; lower "
+                f"--optim.lr from {c.optim.lr} and start again"
             )
         self.step += 1
         return loss, norm
@@ -278,7 +277,8 @@ def loop(training: Training, run: Run, peak: float) -> bool:
                 training.save(run)
             bar.update()
             bar.set_postfix_str(
-                f"loss {loss:.2f}, {tokens / seconds:,.0f} tokens/s, {flops / seconds / peak:.0%} of peak"
+                f"loss {loss:.2f}, {tokens / seconds:,.0f} tokens/s, "
+                f"{flops / seconds / peak:.0%} of peak"
             )
     if interrupt.asked and training.step < c.steps:
         training.save(run)
@@ -298,7 +298,8 @@ def finish(training: Training, run: Run, seconds: float) -> None:
     for number, text in enumerate(training.sample(), 1):
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
     run.log(
-        f"\npicture: {picture}\nmore:    python generate.py --run {run.folder.name} --prompt 'Return the'"
+        f"\npicture: {picture}\n"
+        f"more:    python generate.py --run {run.folder.name} --prompt 'Return the'"
     )
 
 

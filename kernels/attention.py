@@ -1,14 +1,14 @@
 """softmax(q kᵀ / √D + mask) v, written twice: as the paper states it, and block by block.
 
-`attend_obvious` builds the whole (T S) table of scores and is the oracle. `attend` walks over blocks
-of queries, touches only the keys that a block can see, and computes the table again in the backward
-pass instead of keeping it, so that memory grows with T and not with T·S: the idea of FlashAttention,
-in plain torch. Who sees whom is data, a `Mask`, so that causal, windowed, packed, padded and
-bidirectional attention are one function.
+`attend_obvious` builds the whole (T S) table of scores and is the oracle. `attend` walks over
+blocks of queries, touches only the keys that a block can see, and computes the table again in the
+backward pass instead of keeping it, so that memory grows with T and not with T·S: the idea of
+FlashAttention, in plain torch. Who sees whom is data, a `Mask`, so that causal, windowed, packed,
+padded and bidirectional attention are one function.
 
-Papers: Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); Dao 2023, FlashAttention-2 (arXiv 2307.08691);
-Shazeer 2019, one key-value head for many query heads (arXiv 1911.02150); Ainslie et al. 2023, grouped
-heads (arXiv 2305.13245).
+Papers: Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); Dao 2023, FlashAttention-2 (arXiv
+2307.08691); Shazeer 2019, one key-value head for many query heads (arXiv 1911.02150); Ainslie et
+al. 2023, grouped heads (arXiv 2305.13245).
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """ValueError, in one sentence, unless q (B H T D), k and v (B K S D) and the mask fit together."""
+    """ValueError, one sentence, unless q (B H T D), k and v (B K S D) and the mask fit together."""
     (B, H, T, D), K = q.shape, k.shape[1]
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, D):
         raise ValueError(
@@ -115,9 +115,9 @@ class BlockedAttention(torch.autograd.Function):
 def blocks(mask: Mask, S: int):
     """For each block of queries: its rows, the keys that any of them sees, and what stays hidden.
 
-    Yields (rows, keys, hidden, blind): two slices; hidden (B 1 t s), true where a key in reach is not
-    seen, or None; blind (B 1 t 1), true for queries that see nothing, or None. A blind query is let
-    look at one key, so that no row of the softmax is empty, and its result is cleared.
+    Yields (rows, keys, hidden, blind): two slices; hidden (B 1 t s), true where a key in reach is
+    not seen, or None; blind (B 1 t 1), true for queries that see nothing, or None. A blind query is
+    let look at one key, so that no row of the softmax is empty, and its result is cleared.
     """
     lo, hi = mask.lo.clamp(min=0), mask.hi.clamp(max=S - 1)
     blind = (lo > hi)[:, None, :, None]

@@ -1,4 +1,4 @@
-"""Output projection and cross-entropy in one: −log softmax(h Wᵀ)[target], never with all logits at once.
+"""Output projection and cross-entropy in one: −log softmax(h Wᵀ)[target], a chunk at a time.
 
 `cross_entropy_obvious` writes the whole (N V) table of logits and is the oracle. `cross_entropy`
 works through the tokens in chunks: a chunk's logits become its loss and, in the same pass, its
@@ -37,7 +37,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """With p = softmax(h Wᵀ): ∂/∂logits = p − onehot(target), so dh = (p − y) W and dW = (p − y)ᵀ h."""
+    """With p = softmax(h Wᵀ) and y = onehot(target): dh = (p − y) W and dW = (p − y)ᵀ h."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):

@@ -1,7 +1,7 @@
 """RoPE's rotation of queries and keys, with its gradient by hand.
 
-`rotate_obvious` is the equation and the oracle. `rotate` writes each half once, and its gradient is the
-rotation back: rotations are orthogonal, so the transpose is the inverse.
+`rotate_obvious` is the equation and the oracle. `rotate` writes each half once, and its gradient is
+the rotation back: rotations are orthogonal, so the transpose is the inverse.
 
 Papers: Su et al. 2021 (arXiv 2104.09864, eq. 34).
 """

@@ -1,7 +1,7 @@
 """RMSNorm with its gradient by hand: x / √(mean(x²) + ε) · w.
 
-`rmsnorm_obvious` is the equation and the oracle. `rmsnorm` has the same value and gradients in half as
-many passes over memory, which is what a norm's time consists of.
+`rmsnorm_obvious` is the equation and the oracle. `rmsnorm` has the same value and gradients in half
+as many passes over memory, which is what a norm's time consists of.
 
 Papers: Zhang and Sennrich 2019 (arXiv 1910.07467, eq. 4).
 """

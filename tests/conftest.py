@@ -1,7 +1,7 @@
 """Profiles of Hypothesis, and what all tests share.
 
-The default draws the same few examples each time; `HYPOTHESIS_PROFILE=thorough pytest` draws many new
-ones.
+The default draws the same few examples each time; `HYPOTHESIS_PROFILE=thorough pytest` draws many
+new ones.
 """
 
 import os

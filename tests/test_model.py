@@ -54,7 +54,7 @@ def random_ids(config, seed, *shape):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, config.vocab_size, shape))
 
 
-# --- parts ------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 @given(seeds, size, size, st.floats(1e-8, 1e-2))
@@ -87,7 +87,7 @@ def test_gated_feed_forwards_hold_as_many_weights_as_plain_ones():
     assert 3 * gated == 2 * plain
 
 
-# --- the whole --------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 @given(configs, seeds, st.integers(1, 3), st.integers(2, 10))
@@ -168,7 +168,7 @@ def test_the_dtype_is_that_of_the_arithmetic_and_not_of_the_weights(dtype):
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
-# --- against transformers ---------------------------------------------------------------------------
+# --- against transformers -------------------------------------------------------------------------
 
 
 def theirs(kind):
@@ -184,7 +184,8 @@ def theirs(kind):
         config = transformers.LlamaConfig(
             vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-            tie_word_embeddings=kind == "llama tied", rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            tie_word_embeddings=kind == "llama tied", rope_parameters={"rope_type": "default",
+            "rope_theta": 500.0},
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config)
     for p in model.parameters():
@@ -216,7 +217,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind):
         assert_close(p.grad, want if part is None else want.chunk(3)[part], 1e-6)
 
 
-# --- numbers ----------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def test_gpt2_has_as_many_parameters_as_openai_s():

@@ -15,7 +15,16 @@ from objectives import Batch
 from optim import OPTIMIZERS, OptimConfig
 from run import UserError
 from step import (
-    PlainTransformer, accumulate, clip_by_norm, cpu_flags, evaluate, loss_sum, matmul_peak, pick_device, pick_dtype, update,
+    PlainTransformer,
+    accumulate,
+    clip_by_norm,
+    cpu_flags,
+    evaluate,
+    loss_sum,
+    matmul_peak,
+    pick_device,
+    pick_dtype,
+    update,
 )  # fmt: skip
 
 size = st.integers(1, 9)
@@ -45,7 +54,7 @@ def double_model(seed=0):
     return model
 
 
-# --- the loss ---------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 
 @given(seeds, size, size, size, st.floats(0, 1), st.integers(1, 400))
@@ -83,7 +92,7 @@ def test_cross_entropy_survives_large_logits():
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (hidden, weight)))
 
 
-# --- the update -------------------------------------------------------------------------------------
+# --- the update -----------------------------------------------------------------------------------
 
 
 @given(seeds, st.lists(st.integers(1, 3), min_size=1, max_size=4))
@@ -176,7 +185,7 @@ def test_plain_torch_computes_the_same_loss():
     assert_close(PlainTransformer(model)(batch.inputs, batch.targets), want, 1e-5)
 
 
-# --- the machine ------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def test_the_dtype_follows_the_processor_s_flags():

@@ -17,10 +17,11 @@ from optim import OptimConfig
 from run import Run, UserError, load_tensors
 from train import Train, parse
 
-TINY = (
-    "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16 --tokenizer.kind bytes "
-    "--data.path text --batch 2 --evaluate-every 4 --save-every 3 --device cpu --dtype float32"
-).split()
+TINY = [
+    *("--model.dim", "16", "--model.heads", "2", "--model.layers", "1", "--model.context", "16"),
+    *("--tokenizer.kind", "bytes", "--data.path", "text", "--batch", "2"),
+    *("--evaluate-every", "4", "--save-every", "3", "--device", "cpu", "--dtype", "float32"),
+]
 
 
 @pytest.fixture
@@ -28,7 +29,9 @@ def folder(tmp_path, monkeypatch):
     """A working folder with a little text in it."""
     (tmp_path / "text").mkdir()
     for i in range(30):
-        (tmp_path / "text" / f"{i:02}.txt").write_text(f"Document {i}: " + "so on and so forth. " * (i % 5 + 1))
+        (tmp_path / "text" / f"{i:02}.txt").write_text(
+            f"Document {i}: " + "so on and so forth. " * (i % 5 + 1)
+        )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -69,21 +72,32 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*"))
 
 
-# --- the run ----------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(folder, optimizer):
     """2N steps = N steps, then --resume to 2N: weights, optimizer, place in the data, metrics."""
-    flags = [*TINY, "--optim.name", optimizer, "--optim.schedule", "constant", "--optim.warmup", "0"]
+    flags = [
+        *TINY,
+        "--optim.name",
+        optimizer,
+        "--optim.schedule",
+        "constant",
+        "--optim.warmup",
+        "0",
+    ]
     assert run("train.py", *flags, "--name", "one", "--steps", "10")[0] == 0
     assert run("train.py", *flags, "--name", "two", "--steps", "5")[0] == 0
     code, out, err = run("train.py", "--name", "two", "--resume", "--steps", "10")
     assert code == 0, err
     assert "resumed  after step 5" in out
     one, two = end_of("one"), end_of("two")
-    # step 5 was the last of its run, so it was measured on the held-out documents there and only there
-    measured = [[{**row, "bits_per_byte": None} if row["step"] == 5 else row for row in m] for m in (one[3], two[3])]
+    # step 5 was the last of its run, so it was measured on held-out text there, and only there
+    measured = [
+        [{**row, "bits_per_byte": None} if row["step"] == 5 else row for row in m]
+        for m in (one[3], two[3])
+    ]
     assert measured[0] == measured[1]
     assert_same_end(one[:3], two[:3])
 
@@ -122,17 +136,19 @@ def test_a_run_leaves_everything_behind_that_it_was(folder):
     assert (left / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert out.splitlines()[0].startswith("python train.py --model.dim 16")
     assert [p.name for p in Run.open("").checkpoints()] == ["step-000005", "step-000003"]
-    code, out, _ = run("generate.py", "--prompt", "Document", "--tokens", "5", "--samples", "2", "--device", "cpu")
+    code, out, _ = run(
+        "generate.py", "--prompt", "Document", "--tokens", "5", "--samples", "2", "--device", "cpu"
+    )
     assert code == 0 and out.count("Document") == 2
 
 
-# --- settings ---------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_preset_is_changed_by_other_flags_in_either_order(order):
     flags = [["--model.preset", "gpt2"], ["--model.layers", "3"]][::order]
-    config, _ = parse(sum(flags, []))
+    config, _ = parse([*flags[0], *flags[1]])
     assert config.model.layers == 3 and config.model.dim == 768
     assert config.model.position == "learned"
 
@@ -144,7 +160,7 @@ def test_every_preset_can_be_named():
     assert parse([])[0] == Train()
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 BAD = {
     "an unknown flag": (["--optim.lrr", "1"], "--optim.lr"),
@@ -206,7 +222,9 @@ def test_a_damaged_config_is_refused(folder):
 
 
 def test_a_diverged_run_stops_with_a_sentence(folder):
-    code, _, err = run("train.py", *TINY, "--steps", "60", "--optim.lr", "1e30", "--optim.warmup", "0")
+    code, _, err = run(
+        "train.py", *TINY, "--steps", "60", "--optim.lr", "1e30", "--optim.warmup", "0"
+    )
     assert code == 2 and "has diverged; lower --optim.lr" in err
 
 

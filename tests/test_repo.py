@@ -1,0 +1,198 @@
+"""The repository keeps its promises: the ladder of imports, the commands, the README's facts."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from data import Show, TokenizerConfig
+from model import ModelConfig, Transformer, count_parameters
+from step import Bench
+from train import Train
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = sorted(ROOT.glob("*.py"))
+LADDER = [  # a file imports from rungs below its own, or from an earlier place on it
+    ["run", "kernels", "tokenizer", "objectives", "optim", "tasks"],
+    ["attention", "data"],
+    ["model"],
+    ["step"],
+    ["scaling", "lora", "quant"],
+    ["generate"],
+    ["evaluate", "parallel"],
+    ["train", "align"],
+]
+RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
+
+SMALL = "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16"
+# Settings that make each script's work tiny, added behind the command; the last of two flags holds.
+TINY = {
+    "train.py": f"--steps 2 --batch 2 {SMALL}",
+    "generate.py": "--tokens 5",
+    "step.py": f"--rounds 1 {SMALL}",
+    "data.py": "--tokenizer.vocab-size 300",
+    "tokenizer.py": "--vocab-size 300",
+}
+
+
+def imports(path):
+    """The modules of this repository that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (name.split(".")[0] for name in names if name and name.split(".")[0] in RUNG)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_imports_go_down_the_ladder(path):
+    assert path.stem in RUNG, f"{path.name} has no place on the ladder"
+    for name in imports(path):
+        assert RUNG[name] < RUNG[path.stem] or name in ("run", "kernels"), (
+            f"{path.name} imports {name}"
+        )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_nothing_but_kernels(path):
+    assert set(imports(path)) <= {"kernels"}
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def commands(text):
+    """The commands in code blocks or behind a docstring's Run:, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S) or re.findall(r"Run: (.*?)\n\n", text, re.S)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    for line in lines:
+        line = re.split(r"\s{3,}|\s#", line)[0]
+        yield from (part.strip() for part in line.split("&&") if part.strip().startswith("python"))
+
+
+def from_readme():
+    return [(command, "README.md") for command in dict.fromkeys(commands(README))]
+
+
+def from_docstrings():
+    for path in [*SCRIPTS, *sorted((ROOT / "kernels").glob("*.py"))]:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        yield from ((command, path.name) for command in dict.fromkeys(commands(text + "\n\n")))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a book and a finished run, in which commands are tried one after another."""
+    folder = tmp_path_factory.mktemp("workplace")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("book.txt", "tinyshakespeare.txt", "README.md"):
+        (folder / name).write_text(text)
+    assert tried("python train.py --data.path book.txt --tokenizer.kind bytes", folder) == 0
+    return folder
+
+
+def tried(command, folder):
+    """The exit status of a command in a folder, at a tiny size; what it wrote is shown."""
+    words = shlex.split(command)
+    if words[1] == "-m":  # a test file named by its module: collecting it is enough here
+        words = [sys.executable, *words[1:], "--collect-only", "-q"]
+        folder = ROOT
+    else:
+        small = TINY[words[1]].split()
+        small += ["--data.path", "book.txt"] if words[1] in ("train.py", "data.py") else []
+        if "--resume" in words:
+            small = ["--steps", "3"]
+        if "--help" in words:
+            small = []
+        words = [sys.executable, str(ROOT / words[1]), *words[2:], *small]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200)
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    return done.returncode
+
+
+@pytest.mark.parametrize("command, where", [*from_readme(), *from_docstrings()])
+def test_commands_run(command, where, workplace):
+    assert tried(command, workplace) == 0
+
+
+def test_every_script_shows_how_it_is_run():
+    for path in SCRIPTS:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert list(commands(text + "\n\n")), f"{path.name} has no Run: line"
+
+
+def test_ci_runs_the_readme_s_test_command():
+    command = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in command
+    assert len(re.findall(r"^pip install -r requirements-dev\.txt && pytest$", README, re.M)) == 1
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+def test_files_and_tests_named_in_the_readme_exist():
+    for name in re.findall(r"`([\w/.-]+\.(?:py|md|txt|toml))`", README):
+        assert (ROOT / name).exists() or name in ("book.txt", "tinyshakespeare.txt"), name
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert any(
+            f"def {name}(" in p.read_text(encoding="utf-8")
+            for p in (ROOT / "tests").glob("test_*.py")
+        ), name
+
+
+def test_every_file_is_in_the_readme_s_reading_table():
+    for path in [
+        *SCRIPTS,
+        *(p for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py"),
+    ]:
+        assert f"`{path.relative_to(ROOT).as_posix()}`" in README, path.name
+
+
+def test_numbers_in_the_readme_are_those_of_the_code():
+    config = Train()
+    vocabulary = TokenizerConfig().vocab_size
+    from dataclasses import replace
+
+    default = count_parameters(Transformer(replace(config.model, vocab_size=vocabulary)))
+    shakespeare = count_parameters(Transformer(ModelConfig(context=64, vocab_size=257)))
+    bench = count_parameters(Transformer(Bench().model))
+    for number in (default, shakespeare, bench):
+        assert f"{number:,} parameters" in README
+    assert f"{config.steps:,} steps" in README
+    assert Show().data == config.data
+
+
+def test_every_number_of_the_readme_s_results_stands_in_the_record():
+    """What the README prints in bold among its results, docs/RESULTS.md holds too."""
+    results = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    table = README.split("## Results")[1].split("\n## ")[0]
+    numbers = re.findall(r"\*\*([\d.,]+)\*\*", table)
+    assert numbers
+    for number in numbers:
+        assert number in results, number
+
+
+def test_nothing_is_written_for_one_machine_only():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in done.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".txt", ".toml") and path.exists():
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(?<![\w.])/(work|home|root)/", text), name
+
+
+def test_nothing_is_ever_unpickled():
+    for path in [*SCRIPTS, *(ROOT / "kernels").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        bad = r"\bimport (pickle|marshal|shelve)\b|torch\.(load|save)\(|(?<![.\w])(eval|exec)\("
+        assert not re.search(bad, text), path
+        assert "allow_pickle=True" not in text
+
+
+def test_files_stay_short():
+    for path in SCRIPTS:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 620, Path(path).name
