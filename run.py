@@ -122,9 +122,15 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict]:
+        """All measurements, up to the first line that a killed process has left unfinished."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
 
     def forget_after(self, step: int) -> None:
         """Drop the measurements after a step, so that a resumed run writes them once."""

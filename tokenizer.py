@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,20 +134,16 @@ def merge(ids: Sequence[int], pair: Pair, new: int) -> tuple[int, ...]:
 def learn_obviously(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
     """The definition: count every pair, merge the commonest, repeat. Yields (pair, its count).
 
-    Between equal counts the smallest (left id, right id) wins. A pair whose bytes are a token
-    already (`a aa` after `aa a`) is left alone: a token has one id.
+    Between equal counts the smallest (left id, right id) wins. No two merges give the same bytes:
+    between borders that merges did not cross, equal bytes are always cut alike.
     """
     words = {tuple(piece.encode()): times for piece, times in counts.items()}
-    tokens = [bytes([byte]) for byte in range(256)]
-    while True:
-        pairs = pair_counts(words)
-        fresh = [pair for pair in pairs if tokens[pair[0]] + tokens[pair[1]] not in tokens]
-        if not fresh:
-            return
-        best = min(fresh, key=lambda pair: (-pairs[pair], pair))
+    new = 256
+    while pairs := pair_counts(words):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         yield best, pairs[best]
-        words = {merge(word, best, len(tokens)): times for word, times in words.items()}
-        tokens.append(tokens[best[0]] + tokens[best[1]])
+        words = {merge(word, best, new): times for word, times in words.items()}
+        new += 1
 
 
 def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
@@ -158,8 +155,6 @@ def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
     """
     words = [piece.encode().decode("latin-1") for piece in counts]  # byte b -> chr(b)
     times = list(counts.values())
-    tokens = [bytes([byte]) for byte in range(256)]
-    known = set(tokens)
     pairs: defaultdict[str, int] = defaultdict(int)
     where: defaultdict[str, list[int]] = defaultdict(list)  # pair -> words that held it once
     for index, word in enumerate(words):
@@ -168,20 +163,14 @@ def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
             where[pair].append(index)
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
+    new = chr(256)
     while heap:
         count, pair = heapq.heappop(heap)
         if pairs[pair] != -count:
             if pairs[pair]:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
-        left, right = map(ord, pair)
-        token = tokens[left] + tokens[right]
-        if token in known:
-            continue
-        yield (left, right), -count
-        new = chr(len(tokens))
-        tokens.append(token)
-        known.add(token)
+        yield (ord(pair[0]), ord(pair[1])), -count
         gained = set()
         for index in where.pop(pair):
             parts = words[index].split(pair)
@@ -193,6 +182,7 @@ def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
                 gained.add(new_pair)
         for new_pair in gained:
             heapq.heappush(heap, (-pairs[new_pair], new_pair))
+        new = chr(ord(new) + 1)
 
 
 def seams(parts: list[str], pair: str, new: str) -> Iterator[tuple[str, str]]:
@@ -284,12 +274,8 @@ class BPE:
         if len(self._ranks) != len(self.merges):
             raise ValueError("a merge is listed twice")
         for text, id in self.special.items():
-            if (
-                not text
-                or not text.isprintable()
-                or id in self._bytes
-                or to_bytes(text) in self._ids
-            ):
+            clash = id in self._bytes or to_bytes(text) in self._ids
+            if clash or not text or not text.isprintable():
                 what = f"special token {short(text)} with id {id}"
                 raise ValueError(f"{what} is empty, unprintable or clashes with another token")
             self._bytes[id] = text.encode()
@@ -328,9 +314,8 @@ class BPE:
         for pair, _ in tqdm(learnt, "merge", room, disable=None if progress else True):
             tokens.append(tokens[pair[0]] + tokens[pair[1]])
             merges.append(pair)
-        return cls(
-            tokens, merges, {text: i for i, text in enumerate(special, len(tokens))}, pattern
-        )
+        special_ids = {text: id for id, text in enumerate(special, len(tokens))}
+        return cls(tokens, merges, special_ids, pattern)
 
     @property
     def vocab_size(self) -> int:
@@ -440,8 +425,8 @@ class BPE:
     @classmethod  # the last method, because above this line `bytes` must mean the type
     def bytes(cls, special: Iterable[str] = (END_OF_TEXT,)) -> Self:
         """No merges: every byte is a token."""
-        special = set(special)
-        return cls.train([], 256 + len(special), special=sorted(special))
+        special = list(special)
+        return cls.train([], 256 + len(set(special)), special=special)
 
 
 # --- tokenizer.json -------------------------------------------------------------------------------
@@ -456,15 +441,16 @@ def byte_alphabet() -> dict[int, str]:
 
 BYTE_TO_CHAR = byte_alphabet()
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+UNLIKE_OURS = ("normalizer", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def to_chars(token: bytes) -> str:
-    """b" the" -> "Ġthe"."""
+    """to_chars(b" the") is "Ġthe"."""
     return token.decode("latin-1").translate(BYTE_TO_CHAR)
 
 
 def to_bytes(chars: str) -> bytes | None:
-    """ "Ġthe" -> b" the"; None if some character stands for no byte."""
+    """to_bytes("Ġthe") is b" the", and None if some character stands for no byte."""
     return bytes(map(CHAR_TO_BYTE.get, chars)) if CHAR_TO_BYTE.keys() >= set(chars) else None
 
 
@@ -501,11 +487,11 @@ def from_json(file: Any) -> BPE:
             raise ValueError("it has no model, no added_tokens or no pre_tokenizer")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError("its model has no vocab or no merges")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(key):
-            raise ValueError(f"its model has a {key}")
-    if model.get("type", "BPE") != "BPE" or file.get("normalizer"):
-        raise ValueError("its model is not BPE, or a normalizer changes the text first")
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError("its model is not BPE")
+    for key in UNLIKE_OURS:
+        if model.get(key) or file.get(key):
+            raise ValueError(f"it has a {key}, which changes the ids")
     special = dict(map(read_special, added))
     if len(special) != len(added):
         raise ValueError("an added token is listed twice")
@@ -532,9 +518,7 @@ def read_tokens(vocab: dict[str, Any], special: dict[str, int]) -> list[bytes]:
     by_id = {id: to_bytes(text) for text, id in vocab.items() if isinstance(id, int)}
     tokens = [by_id.get(id) or b"" for id in range(len(vocab) + len(special))]
     if sum(map(bool, tokens)) != len(vocab):
-        raise ValueError(
-            "the ids of its vocab have gaps or doubles, or a token is not one of bytes"
-        )
+        raise ValueError("the ids of its vocab have gaps or doubles, or a token is not in bytes")
     while tokens and not tokens[-1]:
         tokens.pop()
     return tokens
@@ -605,4 +589,8 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    try:
+        main(tyro.cli(Settings))
+    except (OSError, ValueError) as error:
+        print(f"tokenizer.py: {error}", file=sys.stderr)
+        sys.exit(2)

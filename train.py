@@ -118,7 +118,7 @@ def sized(model: ModelConfig, known: int) -> ModelConfig:
     if model.vocab_size not in (0, known):
         raise UserError(
             f"--model.vocab-size {model.vocab_size} does not fit the tokenizer, which knows "
-            f"{known} tokens: give --model.vocab-size 0, or a --tokenizer.vocab-size that reaches it"
+            f"{known} tokens: give --model.vocab-size 0, or a --tokenizer.vocab-size that fits"
         )
     return replace(model, vocab_size=known)
 
@@ -228,6 +228,9 @@ class Training:
         run.save(self.step, self.model.state_dict(), self.optimizer.state(), place)
 
     def load(self, run: Run) -> None:
+        """Take up the newest whole checkpoint; a run stopped before its first one starts anew."""
+        if not run.checkpoints():
+            return run.forget_after(0)
         folder = run.newest()
         load_weights(self.model, folder / "model.safetensors")
         self.optimizer.load(load_tensors(folder / "train_state.safetensors"))

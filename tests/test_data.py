@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -292,7 +292,7 @@ def test_ids_have_room_in_their_dtype(tmp_path, vocab_size, dtype):
 
 # --- holding out ----------------------------------------------------------------------------------
 
-shares = st.floats(0.01, 0.99)
+shares = st.floats(0.001, 0.999)
 
 
 def documents_of(texts: list[str]) -> list[Document]:
@@ -321,8 +321,12 @@ def test_documents_added_later_move_none_across(old, more, share):
 
 @given(st.sets(texts, min_size=2, max_size=12), shares)
 def test_each_side_gets_a_document(contents, share):
-    held = held_out(documents_of(sorted(contents)), share)
+    """One document moves if the hashes leave a side empty, and none otherwise."""
+    documents = documents_of(sorted(contents))
+    held = held_out(documents, share)
+    by_hash = np.array([held_out([document], share)[0] for document in documents])
     assert held.dtype == bool and held.any() and not held.all()
+    assert (held != by_hash).sum() == (by_hash.all() or not by_hash.any())
 
 
 def test_the_share_held_out_is_what_was_asked_for():
@@ -687,31 +691,34 @@ def test_processes_that_make_the_same_tokens_do_not_disturb_each_other(tmp_path,
     assert len(left_in(tmp_path / "cache")) == 1
 
 
-damages = st.sampled_from(["cut", "flip", "delete", "empty", "garbage"])
-FILES = [
+DAMAGES = ("cut", "flip", "delete", "empty", "garbage")
+FILES = (
     "tokenizer.json", "meta.json", "train-offsets.int64", "train-00000.bin", "held-offsets.int64",
-]  # fmt: skip
+)  # fmt: skip
 
 
-@given(st.sampled_from(FILES), damages, seeds)
-def test_a_damaged_cache_is_refused_in_a_sentence(tmp_path, name, kind, seed):
-    corpus_path = tmp_path / "a.jsonl"
-    if not corpus_path.exists():
-        jsonl(corpus_path, [f"document {i} " * 5 for i in range(40)])
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    corpus = prepare_in(tmp_path)
-    (key,) = left_in(tmp_path / "cache")
-    path = tmp_path / "cache" / key / name
-    harm(path, kind, seed)
-    if (name, kind) == ("meta.json", "delete"):
-        assert stored_texts(prepare_in(tmp_path)) == stored_texts(corpus)
-    elif kind == "flip":  # may be a blank or a single token, of which nothing can be known
-        try:
-            prepare_in(tmp_path)
-        except UserError as error:
-            assert key in str(error) and "\n" not in str(error)
-    else:
-        assert key in refusal(lambda: prepare_in(tmp_path))
+@given(seeds)
+def test_a_damaged_cache_is_refused_in_a_sentence(tmp_path, seed):
+    """Or made again, if its description is gone. Not every flipped bit can be known."""
+    home = fresh(tmp_path)
+    jsonl(home / "a.jsonl", [f"document {i} " * 5 for i in range(40)])
+    want = stored_texts(prepare_in(home))
+    (key,) = left_in(home / "cache")
+    for name, kind in product(FILES, DAMAGES):
+        path = home / "cache" / key / name
+        content = path.read_bytes()
+        harm(path, kind, seed)
+        if (name, kind) == ("meta.json", "delete"):
+            assert stored_texts(prepare_in(home)) == want
+        elif kind == "flip":
+            try:
+                prepare_in(home)
+            except UserError as error:
+                assert key in str(error) and "\n" not in str(error)
+        else:
+            assert key in refusal(lambda: prepare_in(home))
+        path.write_bytes(content)
+    assert stored_texts(prepare_in(home)) == want
 
 
 def harm(path: Path, kind: str, seed: int) -> None:
@@ -754,8 +761,8 @@ def test_a_million_blanks_in_a_row_are_encoded():
 def test_where_the_fast_encoder_gives_up_the_handmade_one_takes_over():
     tokenizer = BPE.train(["the other text"], 260)
     with patch("tiktoken.Encoding.encode_batch", side_effect=ValueError("Regex error")):
-        ids = data.encode(tokenizer, tokenizer.to_tiktoken(), ["the text", ""])
-    assert ids == [tokenizer.encode("the text"), []]
+        ids = data.encode(tokenizer, tokenizer.to_tiktoken(), [END_OF_TEXT, ""])
+    assert ids == [tokenizer.encode(END_OF_TEXT), []] and tokenizer.end_of_text not in ids[0]
 
 
 # --- settings and demo ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -175,6 +176,20 @@ def test_measurements_come_back_and_those_after_a_step_are_forgotten(rows, step)
     assert mine.metrics() == [*kept, {"step": step + 1, "loss": 0.5}]
 
 
+@given(st.integers(0, 30))
+def test_a_measurement_that_was_half_written_is_dropped(size):
+    """Once a run that had been killed while it wrote this line could not be resumed."""
+    mine = fresh()
+    mine.measure(step=1, loss=2.5)
+    half = json.dumps({"step": 2, "loss": 2.25, "norm": 1})[:size]
+    with open(mine.folder / "metrics.jsonl", "a") as file:
+        file.write(half)
+    assert mine.metrics() == [{"step": 1, "loss": 2.5}]
+    mine.forget_after(1)
+    mine.measure(step=2, loss=2.0)
+    assert mine.metrics() == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 FILES = ["model.safetensors", "train_state.safetensors", "train_state.json", "manifest.json"]
@@ -256,25 +271,32 @@ def harm(path: Path, kind: str, at: float) -> None:
         path.write_bytes({"list": b"[]", "string": b'"model.safetensors"', "none": b"null"}[kind])
 
 
-kinds = st.sampled_from(["delete", "cut", "flip", "list", "string", "none"])
-places = st.floats(0, 1, exclude_max=True)
+KINDS = ("delete", "cut", "flip", "list", "string", "none")
 
 
-@given(st.sampled_from(FILES), kinds, places)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(capsys, name, kind, at):
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(capsys, at):
     mine = fresh()
     older, newer = save(mine, 1), save(mine, 2)
-    harm(newer / name, kind, at)
-    capsys.readouterr()
-    found = mine.newest()
-    if found == newer:  # a flipped blank, or the last line feed, of the manifest does not matter
-        assert name == "manifest.json" and kind in ("flip", "cut")
-        assert step_in(found) == 2
-    else:
-        assert found == older and step_in(found) == 1
-        assert str(newer) in capsys.readouterr().err
-    harm(older / name, "delete", at)
-    shutil.rmtree(newer)
+    for name, kind in product(FILES, KINDS):
+        content = (newer / name).read_bytes()
+        harm(newer / name, kind, at)
+        capsys.readouterr()
+        found = mine.newest()
+        if found == newer:  # a flipped blank of the manifest, or its last line feed, is harmless
+            assert name == "manifest.json" and kind in ("flip", "cut")
+        else:
+            assert found == older and step_in(found) == 1
+            assert str(newer) in capsys.readouterr().err
+        (newer / name).write_bytes(content)
+        assert mine.newest() == newer
+
+
+@given(st.sampled_from(FILES), st.sampled_from(FILES))
+def test_if_all_checkpoints_are_damaged_none_is_loaded(one, other):
+    mine = fresh()
+    harm(save(mine, 1) / one, "cut", 0.5)
+    harm(save(mine, 2) / other, "delete", 0)
     assert f"{mine.folder} has no whole checkpoint" in refusal(mine.newest)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     assert "python train.py --name two --resume" in out
     assert Run.open("two").newest().name != "step-000400"
     assert run("train.py", "--name", "two", "--resume")[0] == 0
+    assert_same_end(end_of("one"), end_of("two"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(folder):
+    flags = [*TINY, "--steps", "6"]
+    assert run("train.py", *flags, "--name", "one")[0] == 0
+    assert run("train.py", *flags, "--name", "two")[0] == 0
+    shutil.rmtree("runs/two/checkpoints")
+    with open("runs/two/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # the line at which it was killed
+    code, _, err = run("train.py", "--name", "two", "--resume")
+    assert code == 0, err
     assert_same_end(end_of("one"), end_of("two"))
 
 
