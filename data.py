@@ -141,7 +141,10 @@ def files_of(path: str) -> list[Path]:
     """The files that --data.path names, in a fixed order; UserError if it names none."""
 
     def known(p: Path) -> bool:
-        return os.path.isfile(p) and p.name.removesuffix(".gz").endswith(SUFFIXES)
+        return os.path.isfile(p) and p.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+    def shown(p: Path) -> bool:
+        return not any(part.startswith(".") for part in p.relative_to(place).parts)
 
     place = Path(os.path.expanduser(path))
     if os.path.isfile(place):
@@ -151,7 +154,7 @@ def files_of(path: str) -> list[Path]:
             )
         return [place]
     if os.path.isdir(place):
-        files = sorted(p for p in place.rglob("*") if known(p))
+        files = sorted(p for p in place.rglob("*") if known(p) and shown(p))
     else:  # a set, because a pattern with two ** finds a file twice
         files = sorted(p for p in {*map(Path, glob.glob(str(place), recursive=True))} if known(p))
     if not files:
@@ -163,7 +166,7 @@ def files_of(path: str) -> list[Path]:
 def read_file(path: Path) -> Iterator[Document]:
     """One document a file, or split at <|endoftext|>; in .jsonl one a line, under "text"."""
     text = read_text(path)
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
+    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
         for number, line in enumerate(text.split("\n"), 1):  # JSON may hold U+2028, for example
             where = f"{path}:{number}"
             if line.strip() and (part := text_field(line, where)).strip():
@@ -179,7 +182,8 @@ def read_file(path: Path) -> Iterator[Document]:
 def read_text(path: Path) -> str:
     """The file as UTF-8 text, or a UserError that says what it is instead."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
     except (OSError, EOFError, gzip.zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if b"\0" in data:
@@ -282,6 +286,7 @@ class ShardWriter:
         self.folder, self.name, self.dtype, self.end_of_text = folder, name, dtype, end_of_text
         self.lengths: list[int] = []
         self.number, self.filled, self.bytes = 0, 0, 0
+        self.hash = hashlib.blake2b(digest_size=8)
         self.file = open(self.path(), "wb")  # noqa: SIM115 closed by close()
 
     def path(self) -> Path:
@@ -292,7 +297,9 @@ class ShardWriter:
             self.file.close()
             self.number, self.filled = self.number + 1, 0
             self.file = open(self.path(), "wb")  # noqa: SIM115
-        self.file.write(np.array([self.end_of_text, *ids], self.dtype).tobytes())
+        data = np.array([self.end_of_text, *ids], self.dtype).tobytes()
+        self.file.write(data)
+        self.hash.update(data)
         self.lengths.append(len(ids) + 1)
         self.filled += len(ids) + 1
         self.bytes += size
@@ -302,8 +309,11 @@ class ShardWriter:
         offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
         offsets.tofile(self.folder / f"{self.name}-offsets.int64")
         return {
-            "documents": len(self.lengths), "tokens": sum(self.lengths), "bytes": self.bytes
-        }  # fmt: skip
+            "documents": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "bytes": self.bytes,
+            "hash": self.hash.hexdigest(),
+        }
 
 
 @dataclass(frozen=True)

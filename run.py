@@ -19,6 +19,7 @@ Run: python -m pytest tests/test_run.py
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -75,8 +76,10 @@ class Run:
     def create(cls, name: str, config: object) -> "Run":
         """A new folder runs/<name>, or runs/run-001, run-002 … if no name is given."""
         if not name:
-            taken = [int(p.name[4:]) for p in RUNS.glob("run-*") if p.name[4:].isdigit()]
-            name = f"run-{max(taken, default=0) + 1:03d}"
+            taken = [re.fullmatch(r"run-([0-9]+)", p.name) for p in RUNS.glob("run-*")]
+            name = f"run-{max((int(t[1]) for t in taken if t), default=0) + 1:03d}"
+        if name != Path(name).name or name.startswith("."):
+            raise UserError(f"--name {name!r} cannot be the name of a folder in {RUNS}/")
         run = cls(RUNS / name)
         if run.folder.exists():
             raise UserError(
@@ -142,13 +145,19 @@ class Run:
     def save(
         self, step: int, model: dict[str, Tensor], state: dict[str, Tensor], info: dict
     ) -> Path:
-        """Write checkpoints/step-<step>: whole, or not at all."""
+        """Write checkpoints/step-<step>, whole or not at all; drop old ones and any later one.
+
+        A later one was damaged, or the run would have gone on from it.
+        """
         final = self.folder / "checkpoints" / f"step-{step:06d}"
+        if damage(final) is None:  # stopped just after it was resumed
+            return final
+        for left in final.parent.glob(".step-*.draft"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         draft = final.with_name(f".{final.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        save_file(shareless(model), draft / "model.safetensors", metadata={"format": "pt"})
-        save_file(shareless(state), draft / "train_state.safetensors")
+        save_file(plain(model), draft / "model.safetensors", metadata={"format": "pt"})
+        save_file(plain(state), draft / "train_state.safetensors")
         (draft / "train_state.json").write_text(json.dumps({"step": step, **info}, indent=1))
         write_json(draft / "manifest.json", {p.name: digest(p) for p in sorted(draft.iterdir())})
         for path in (*draft.iterdir(), draft):
@@ -156,8 +165,10 @@ class Run:
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         sync(final.parent)
-        for old in self.checkpoints()[KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
+        found = self.checkpoints()
+        at = found.index(final)
+        for other in found[:at] + found[at + KEEP :]:
+            shutil.rmtree(other, ignore_errors=True)
         return final
 
     def checkpoints(self) -> list[Path]:
@@ -183,7 +194,7 @@ def damage(checkpoint: Path) -> str | None:
         for name in ("model.safetensors", "train_state.safetensors", "train_state.json"):
             if manifest[name] != digest(checkpoint / name):
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -235,7 +246,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def shareless(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
@@ -250,8 +261,10 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
     from matplotlib import pyplot as plt
 
     rows = run.metrics()
-    train = [(r["step"], r["train_bits_per_byte"]) for r in rows if "train_bits_per_byte" in r]
-    held = [(r["step"], r["bits_per_byte"]) for r in rows if "bits_per_byte" in r]
+    train, held = (
+        [(r["step"], r[name]) for r in rows if math.isfinite(r.get(name, math.nan))]
+        for name in ("train_bits_per_byte", "bits_per_byte")
+    )
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     if train:
         steps, values = zip(*train, strict=True)

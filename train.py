@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from data import Corpus, DataConfig, Stream, TokenizerConfig, prepare, whole
-from generate import Sampling, generate, load_tokenizer, load_weights
+from generate import Sampling, generate, load_weights
 from model import PRESETS, ModelConfig, Transformer, count_parameters, training_flops
 from objectives import OBJECTIVES
 from optim import OPTIMIZERS, OptimConfig, learning_rate
@@ -224,8 +224,12 @@ class Training:
         return nats / math.log(2) / self.corpus.meta["held"]["bytes"]
 
     def save(self, run: Run) -> None:
-        place = {"epoch": self.stream.epoch, "row": self.stream.row}
+        place = {"epoch": self.stream.epoch, "row": self.stream.row, "text": self.text()}
         run.save(self.step, self.model.state_dict(), self.optimizer.state(), place)
+
+    def text(self) -> str:
+        """What the tokens trained on are known by."""
+        return f"{self.corpus.tokenizer.fingerprint}-{self.corpus.meta['train']['hash']}"
 
     def load(self, run: Run) -> None:
         """Take up the newest whole checkpoint; a run stopped before its first one starts anew."""
@@ -235,6 +239,11 @@ class Training:
         load_weights(self.model, folder / "model.safetensors")
         self.optimizer.load(load_tensors(folder / "train_state.safetensors"))
         info = read_json(folder / "train_state.json")
+        if info["text"] != self.text():
+            raise UserError(
+                f"the text is not the one that {run.folder} was trained on: a file of "
+                "--data.path, or this Python, has changed since; start a new run"
+            )
         self.step = info["step"]
         self.stream.seek(info["epoch"], info["row"])
         run.forget_after(self.step)
@@ -308,10 +317,7 @@ def finish(training: Training, run: Run, seconds: float) -> None:
 
 def script() -> None:
     config, run = parse(sys.argv[1:])
-    tokenizer = None
-    if run is not None:
-        tokenizer = load_tokenizer(run.folder / "tokenizer.json", config.model.vocab_size)
-    corpus = prepare(config.data, config.tokenizer, tokenizer)
+    corpus = prepare(config.data, config.tokenizer)
     config = replace(config, model=sized(config.model, corpus.tokenizer.vocab_size))
     training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
     if run is None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from hashlib import blake2b
 from itertools import accumulate, combinations, product
 from pathlib import Path
 from unittest.mock import patch
@@ -72,8 +73,9 @@ def store(folder: Path, documents: list[list[int]], dtype=np.uint32) -> Shards:
     for document in documents:
         writer.write(document[1:], size=1)
     (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
-    assert writer.close() == {"documents": len(documents), "bytes": len(documents),
-                              "tokens": sum(map(len, documents))}  # fmt: skip
+    close = writer.close()
+    assert close == {"documents": len(documents), "bytes": len(documents),
+                     "tokens": sum(map(len, documents)), "hash": close["hash"]}  # fmt: skip
     return Shards(folder, "train")
 
 
@@ -597,8 +599,13 @@ def test_decoding_the_stored_documents_gives_the_corpus_back(tmp_path, contents,
     assert stored_texts(corpus) == train + kept
     for side, part, shards in (("train", train, corpus.train), ("held", kept, corpus.held)):
         size = len("".join(part).encode())
-        assert corpus.meta[side] == {"documents": len(part), "bytes": size,
-                                     "tokens": int(shards.lengths.sum())}  # fmt: skip
+        stored = b"".join(file.tobytes() for file in shards.files)
+        assert corpus.meta[side] == {
+            "documents": len(part),
+            "bytes": size,
+            "tokens": int(shards.lengths.sum()),
+            "hash": blake2b(stored, digest_size=8).hexdigest(),
+        }
     packed = 8 * len(lzma.compress("".join(kept).encode())) / len("".join(kept).encode())
     assert corpus.meta["lzma_bits_per_byte"] == pytest.approx(packed)
 

@@ -352,7 +352,7 @@ class Plug:
         return call
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "over a damaged one"])
 def test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint(again):
     """Killed at the k-th write for every k: the newest is the one before, or the new one, whole."""
     step, k, finished = 2, 0, False
@@ -361,7 +361,7 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint(again):
         mine = fresh()
         save(mine, 1)
         if again:
-            save(mine, step)
+            (save(mine, step) / "model.safetensors").write_bytes(b"")
         try:
             with Plug(k):
                 save(mine, step)
@@ -377,7 +377,28 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_checkpoint(again):
         ], "what was half-written must be gone"  # fmt: skip
         k += 1
     assert k > 10 and set(outcomes) == {1, 2}
-    assert again or outcomes == sorted(outcomes)
+    assert outcomes == sorted(outcomes)
+
+
+def test_a_whole_checkpoint_is_not_written_again():
+    mine = fresh()
+    before = save(mine, 1).stat().st_mtime_ns
+    assert save(mine, 1).stat().st_mtime_ns == before
+
+
+def test_damaged_checkpoints_of_later_steps_go_with_the_next_save():
+    mine = fresh()
+    for step in (1, 5, 6):
+        (save(mine, step) / "manifest.json").write_text("[" * 100_000 if step > 1 else "{}")
+    save(mine, 2)
+    assert step_in(mine.newest()) == 2
+    assert [p.name for p in mine.checkpoints()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "/tmp/x"])
+def test_a_name_that_is_no_folder_name_is_refused(name):
+    with pytest.raises(UserError, match="cannot be the name"):
+        Run.create(name, {})
 
 
 def test_a_draft_that_a_killed_process_left_is_ignored_and_goes():

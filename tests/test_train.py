@@ -225,6 +225,14 @@ def test_a_taken_name_is_refused_and_the_old_run_kept(folder):
     assert code == 2 and "not a run" in err
 
 
+def test_a_run_does_not_go_on_with_another_text(folder):
+    assert run("train.py", *TINY, "--steps", "2", "--name", "mine")[0] == 0
+    with open("text/00.txt", "a") as file:
+        file.write("One more sentence.")
+    code, _, err = run("train.py", "--name", "mine", "--resume", "--steps", "4")
+    assert code == 2 and "the text is not the one that runs/mine was trained on" in err
+
+
 def test_a_damaged_config_is_refused(folder):
     assert run("train.py", *TINY, "--steps", "1", "--name", "mine")[0] == 0
     path = Path("runs/mine/config.json")
