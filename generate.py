@@ -243,7 +243,10 @@ def stop_tokens(tokenizer: BPE, texts: tuple[str, ...]) -> set[int]:
 
 def write(model: Transformer, tokenizer: BPE, config: Generate) -> None:
     """Print the samples: a single one while it is written, several when all are."""
-    start = [tokenizer.end_of_text, *tokenizer.encode(config.prompt)]
+    try:
+        start = [tokenizer.end_of_text, *tokenizer.encode(config.prompt)]
+    except ValueError as error:
+        raise UserError(f"--prompt is not text that can be written as UTF-8: {error}") from None
     stop = stop_tokens(tokenizer, config.stop)
     steps = generate(model, [start] * config.samples, config.tokens, config, stop, config.seed)
     if config.samples == 1:

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -137,8 +138,8 @@ def introduce(run: Run, training: "Training") -> float:
     train, held = meta["train"], meta["held"]
     tokens = config.accumulate * config.batch * m.context
     flops = training_flops(model, m.context)
-    device, dtype = model.embedding.device, training.dtype
-    peak = matmul_peak(device, dtype)
+    device = model.embedding.device
+    peak = matmul_peak(device, training.dtype)
     run.log(
         f"{command(sys.argv[1:])}\n"
         f"run      {run.folder}, {timestamp()}"
@@ -154,7 +155,7 @@ def introduce(run: Run, training: "Training") -> float:
         f"{config.steps:,} steps = {config.steps * tokens / train['tokens']:.1f} epochs\n"
         f"cost     6 N + 12 L C T = {flops / 1e6:.1f} MFLOP per token, "
         f"{flops * tokens * config.steps:.2e} FLOP in all\n"
-        f"machine  {machine(device)}; {str(dtype).removeprefix('torch.')}; "
+        f"machine  {machine(device)}; {config.dtype}; "
         f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; attention in blocks, by torch\n"
         + (f"resumed  after step {training.step}\n" if training.step else "")
     )
@@ -190,7 +191,7 @@ class Training:
     def __init__(self, config: Train, corpus: Corpus):
         self.config, self.corpus = config, corpus
         device = pick_device(config.device)
-        self.dtype = pick_dtype(config.dtype, device)
+        self.dtype = getattr(torch, config.dtype)
         self.model = Transformer(config.model, config.seed).to(device)
         make = OPTIMIZERS[config.optim.name]
         self.optimizer = make(self.model.named_parameters(), config.optim, self.dtype)
@@ -245,6 +246,10 @@ class Training:
                 "--data.path, or this Python, has changed since; start a new run"
             )
         self.step = info["step"]
+        if self.step > self.config.steps:
+            raise UserError(
+                f"{run.folder} has done {self.step} steps already: give --steps {self.step} or more"
+            )
         self.stream.seek(info["epoch"], info["row"])
         run.forget_after(self.step)
 
@@ -302,7 +307,7 @@ def finish(training: Training, run: Run, seconds: float) -> None:
     """The picture, the numbers and a few words."""
     meta = training.corpus.meta
     picture = plot_loss(run, meta["lzma_bits_per_byte"])
-    bits = run.metrics()[-1]["bits_per_byte"]
+    bits = run.metrics()[-1].get("bits_per_byte") or training.bits_per_byte()
     run.log(
         f"\nheld out: {bits:.3f} bits = {bits * math.log(2):.3f} nats per byte "
         f"(lzma: {meta['lzma_bits_per_byte']:.3f} bits), after {seconds:.0f} seconds of training"
@@ -317,8 +322,10 @@ def finish(training: Training, run: Run, seconds: float) -> None:
 
 def script() -> None:
     config, run = parse(sys.argv[1:])
+    dtype = str(pick_dtype(config.dtype, pick_device(config.device))).removeprefix("torch.")
     corpus = prepare(config.data, config.tokenizer)
-    config = replace(config, model=sized(config.model, corpus.tokenizer.vocab_size))
+    model = sized(config.model, corpus.tokenizer.vocab_size)
+    config = replace(config, model=model, dtype=dtype)  # what is written is what was computed
     training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
     if run is None:
         run = Run.create(config.name, config)

@@ -14,8 +14,7 @@ import torch
 from conftest import ROOT
 
 from model import PRESETS
-from optim import OptimConfig
-from run import Run, UserError, load_tensors
+from run import Run, load_tensors
 from train import Train, parse
 
 TINY = [
@@ -146,6 +145,7 @@ def test_a_run_leaves_everything_behind_that_it_was(folder):
     assert {p.name for p in left.iterdir()} == {
         "config.json", "metrics.jsonl", "log.txt", "tokenizer.json", "checkpoints", "loss.png"
     }  # fmt: skip
+    assert json.loads((left / "config.json").read_text())["dtype"] == "float32"
     assert (left / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert out.splitlines()[0].startswith("python train.py --model.dim 16")
     assert [p.name for p in Run.open("").checkpoints()] == ["step-000005", "step-000003"]
@@ -219,14 +219,20 @@ def test_a_taken_name_is_refused_and_the_old_run_kept(folder):
     assert_same_end(before, end_of("mine"))
     code, _, err = run("train.py", "--resume", "--name", "mine", "--model.layers", "2")
     assert code == 2 and "cannot go on with another model" in err
+    code, _, err = run("train.py", "--resume", "--steps", "0")
+    assert code == 2 and "--steps must be at least 1" in err
     code, _, err = run("generate.py", "--run", "mine", "--prompt", "x" * 50)
     assert code == 2 and "more than the model's context of 16" in err
+    code, _, err = run("generate.py", "--run", "mine", "--prompt", b"\xff")
+    assert code == 2 and "--prompt is not text" in err
     code, _, err = run("generate.py", "--run", "text")
     assert code == 2 and "not a run" in err
 
 
 def test_a_run_does_not_go_on_with_another_text(folder):
     assert run("train.py", *TINY, "--steps", "2", "--name", "mine")[0] == 0
+    code, _, err = run("train.py", "--name", "mine", "--resume", "--steps", "1")
+    assert code == 2 and "runs/mine has done 2 steps already" in err
     with open("text/00.txt", "a") as file:
         file.write("One more sentence.")
     code, _, err = run("train.py", "--name", "mine", "--resume", "--steps", "4")
@@ -249,7 +255,14 @@ def test_a_diverged_run_stops_with_a_sentence(folder):
     assert code == 2 and "has diverged; lower --optim.lr" in err
 
 
-def test_the_default_learning_rate_is_written_once():
-    with pytest.raises(UserError):
-        Train(steps=0)
-    assert Train().optim == OptimConfig()
+def test_the_settings_of_every_part_have_one_default():
+    config = Train()
+    parts = (config.model, config.data, config.tokenizer, config.optim)
+    assert all(part == type(part)() for part in parts)
+
+
+@pytest.mark.slow
+def test_generating_without_a_run_trains_a_small_model_first(folder):
+    code, out, err = run("generate.py", "--tokens", "5")
+    assert code == 0, err
+    assert "there is no run yet" in out and out.count("--- 3 ---") == 1
