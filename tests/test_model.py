@@ -116,6 +116,13 @@ def test_cached_logits_are_the_full_logits(config, seed, B, parts):
 
 
 @given(configs, seeds, st.integers(1, 5), st.integers(1, 5))
+def test_what_follows_a_past_has_the_next_positions(config, seed, m, n):
+    model, ids = random_model(config, seed), random_ids(config, seed, 2, m + n)
+    _, past = model.extend(ids[:, :m], None)
+    assert_close(model.extend(ids[:, m:], past)[0], model(ids)[:, m:], 1e-11)
+
+
+@given(configs, seeds, st.integers(1, 5), st.integers(1, 5))
 def test_padding_on_the_left_changes_nothing(config, seed, T, pads):
     model, ids = random_model(config, seed), random_ids(config, seed, 1, T)
     padded = torch.cat((random_ids(config, seed + 1, 1, pads), ids), 1)
