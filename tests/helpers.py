@@ -1,5 +1,7 @@
 """What several test files draw from and compare with."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -26,3 +28,84 @@ def assert_close(got, want, bound: float = 1e-12) -> None:
     assert got.shape == want.shape
     error = np.abs(got - want) / np.maximum(1, np.abs(want))
     assert not error.size or error.max() <= bound, f"off by {error.max():.2e}, allowed {bound:.0e}"
+
+
+# --- laws of kernels ------------------------------------------------------------------------------
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+LOW = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # see kernels/launch.py
+
+
+def results(function, inputs, *rest, **options) -> list[torch.Tensor]:
+    """What a function gives, then the gradient of each input that asks for one.
+
+    The gradient is that of Σ out · w with the same random w in every dtype, for each output.
+    """
+    outs = function(*inputs, *rest, **options)
+    outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    kept = [out for out in outs if out.requires_grad]
+    if not wanted:
+        return [out.detach() for out in outs]
+    weights = [w.detach().to(out) for w, out in zip(normals(7, *(o.shape for o in kept)), kept)]
+    grads = torch.autograd.grad(kept, wanted, weights)
+    return [out.detach() for out in outs] + list(grads)
+
+
+def assert_as_good_as_torch(fast, obvious, inputs, *rest, **options) -> None:
+    """`fast` is within twice the error that `obvious` itself makes in the inputs' precision.
+
+    The truth is `obvious` in float64 on the same rounded inputs. Added is one rounding of the
+    largest element, because in a few numbers torch may be right by luck. Memory that `fast` gets
+    for its results holds NaN before it writes: what it forgets to write is found.
+    """
+    precise = [widened(x) for x in inputs]
+    true = results(obvious, precise, *(widened(x) for x in rest), **options)
+    low = results(obvious, inputs, *rest, **options)
+    with poisoned():
+        got = results(fast, inputs, *rest, **options)
+    assert len(got) == len(low) == len(true)
+    for number, (g, lo, t) in enumerate(zip(got, low, true, strict=True)):
+        assert g.shape == t.shape, (number, g.shape, t.shape)
+        assert g.dtype == lo.dtype, (number, g.dtype, lo.dtype)
+        if not t.numel():
+            continue
+        g, lo, t = g.double(), lo.double(), t.double()
+        assert torch.equal(g.isfinite(), t.isfinite()), f"result {number}: not finite"
+        assert torch.equal(g[~g.isfinite()], t[~t.isfinite()]), f"result {number}: NaN or wrong ∞"
+        g, lo, t = (x[t.isfinite()] for x in (g, lo, t))
+        if not t.numel():
+            continue
+        ours, theirs = (g - t).abs().max().item(), (lo - t).abs().max().item()
+        kind = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
+        bound = 2 * theirs + torch.finfo(kind).eps * t.abs().max().item()
+        assert ours <= bound, f"result {number}: off by {ours:.2e}, allowed {bound:.2e}"
+
+
+def widened(x):
+    """The same number in float64, asking for a gradient if x does."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
+
+
+@contextmanager
+def poisoned():
+    """Inside, torch.empty and its kin give memory full of NaN (or the largest integer)."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def strided(x: torch.Tensor, how: int) -> torch.Tensor:
+    """The same numbers in another layout: 0 as it is, 1 last two axes swapped, 2 every other one."""
+    if how == 1 and x.dim() > 1:
+        y = x.detach().transpose(-2, -1).contiguous().transpose(-2, -1)
+    elif how == 2:
+        y = x.detach().repeat_interleave(2, -1)[..., ::2]
+    else:
+        y = x.detach().clone()
+    return y.requires_grad_(x.requires_grad)
