@@ -23,17 +23,49 @@ BLOCK = 64  # queries at a time: a block of scores then stays in a core's own ca
 class Mask:
     """Query t of sample b sees the keys s with lo[b, t] ≤ s ≤ hi[b, t]; none where lo > hi.
 
-    lo, hi: int64, (B T), or (1 T) when all samples are alike.
+    lo, hi: int64, (B T), or (1 T) when all samples are alike. Optional, each further field changes
+    what is seen or adds to the scores:
+    slopes (H), with at: ALiBi adds −slope·|at[b, t] − s|, where at (B T) or (1 T) holds the place
+    of query t among the keys. Constants, without a gradient.
+    bias (B H T S), B and H may be 1: added to the scores, with a gradient.
+    layout (H ⌈T/block⌉ ⌈S/block⌉), bool, H may be 1: a query sees a key only where its block is
+    true; empty blocks are skipped.
     """
 
     lo: Tensor
     hi: Tensor
+    slopes: Tensor | None = None
+    at: Tensor | None = None
+    bias: Tensor | None = None
+    layout: Tensor | None = None
+    block: int = 64
+
+    @property
+    def plain(self) -> bool:
+        """Whether the interval is all there is."""
+        return self.slopes is None and self.bias is None and self.layout is None
 
 
-def dense(mask: Mask, keys: int) -> Tensor:
-    """The mask written out: true where query t sees key s, (B 1 T S)."""
+def visible(mask: Mask, keys: int) -> Tensor:
+    """True where query t sees key s: (B H T S), B and H may be 1."""
     s = torch.arange(keys, device=mask.lo.device)
-    return ((mask.lo[..., None] <= s) & (s <= mask.hi[..., None]))[:, None]
+    seen = ((mask.lo[..., None] <= s) & (s <= mask.hi[..., None]))[:, None]
+    if mask.layout is None:
+        return seen
+    per_query = mask.layout.repeat_interleave(mask.block, 1)[:, : seen.shape[2]]
+    return seen & per_query.repeat_interleave(mask.block, 2)[:, :, :keys]
+
+
+def dense(mask: Mask, keys: int, dtype: torch.dtype) -> Tensor:
+    """The mask written out as what is added to the scores: (B H T S), B and H may be 1."""
+    seen = visible(mask, keys)
+    added = torch.zeros((), dtype=dtype, device=seen.device)
+    if mask.slopes is not None:
+        distance = (mask.at[..., None] - torch.arange(keys, device=seen.device)).abs()  # B T S
+        added = -mask.slopes.to(dtype)[:, None, None] * distance[:, None]
+    if mask.bias is not None:
+        added = added + mask.bias.to(dtype)
+    return torch.where(seen, added, -torch.inf)
 
 
 def attend_obvious(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -42,22 +74,34 @@ def attend_obvious(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) ->
     q (B H T D) looks at k, v (B K S D); query head h uses key-value head h·K/H. A query that sees
     nothing gets zeros.
     """
+    return attend_with_lse_obvious(q, k, v, mask, scale)[0]
+
+
+def attend_with_lse_obvious(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `attend_obvious`, and log Σ exp of each query's scores (B H T), −∞ if it sees nothing."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # B H S D
-    scores = scale * q @ k.transpose(-2, -1)  # B H T S
-    scores = scores.masked_fill(~dense(mask, k.shape[2]), -torch.inf)
-    return scores.softmax(-1).nan_to_num() @ v  # B H T D
+    scores = scale * q @ k.transpose(-2, -1) + dense(mask, k.shape[2], q.dtype)  # B H T S
+    blind = scores.detach().amax(-1, keepdim=True) == -torch.inf
+    scores = scores.masked_fill(blind, 0)  # an empty softmax has no gradient
+    out = (scores.softmax(-1) @ v).masked_fill(blind, 0)  # B H T D
+    wide = scores.to(torch.promote_types(q.dtype, torch.float32))
+    return out, wide.logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """The same function and gradients as `attend_obvious`, block by block."""
     check_shapes(q, k, v, mask)
+    if not mask.plain:
+        return attend_obvious(q, k, v, mask, scale)
     return BlockedAttention.apply(q, k, v, mask, scale)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     """ValueError, one sentence, unless q (B H T D), k and v (B K S D) and the mask fit together."""
-    (B, H, T, D), K = q.shape, k.shape[1]
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, D):
         raise ValueError(
             f"attend: k {tuple(k.shape)} and v {tuple(v.shape)} must both be (B K S D) "
@@ -65,11 +109,24 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
         )
     if H % K:
         raise ValueError(f"attend: {H} query heads cannot be shared out over {K} key-value heads")
-    if mask.lo.shape != mask.hi.shape or mask.lo.shape not in ((B, T), (1, T)):
-        raise ValueError(
-            f"attend: mask.lo {tuple(mask.lo.shape)} and mask.hi {tuple(mask.hi.shape)} "
-            f"must be ({B}, {T}) or (1, {T})"
-        )
+    tiles = (-(-T // mask.block), -(-S // mask.block))
+    allowed = {
+        "lo": ((B, T), (1, T)),
+        "hi": (tuple(mask.lo.shape),),
+        "slopes": ((H,),),
+        "at": ((B, T), (1, T)),
+        "bias": tuple((b, h, T, S) for b in (B, 1) for h in (H, 1)),
+        "layout": tuple((h, *tiles) for h in (H, 1)),
+    }
+    for name, shapes in allowed.items():
+        field = getattr(mask, name)
+        if field is not None and tuple(field.shape) not in shapes:
+            raise ValueError(
+                f"attend: mask.{name} {tuple(field.shape)} must be "
+                + " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+            )
+    if (mask.slopes is None) != (mask.at is None):
+        raise ValueError("attend: mask.slopes and mask.at belong together")
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -126,7 +183,7 @@ def blocks(mask: Mask, S: int):
     for start in range(0, lo.shape[1], BLOCK):
         rows = slice(start, min(start + BLOCK, lo.shape[1]))
         first, last = int(lo[:, rows].min()), int(hi[:, rows].max())
-        hidden = ~dense(Mask(lo[:, rows] - first, hi[:, rows] - first), last - first + 1)
+        hidden = ~visible(Mask(lo[:, rows] - first, hi[:, rows] - first), last - first + 1)
         yield (
             rows,
             slice(first, last + 1),
