@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kernels.attention as blocked
 from attention import Attention, Rope, causal_mask, document_mask
-from kernels.attention import Mask, attend, attend_obvious, dense
+from kernels.attention import Mask, attend, attend_obvious, visible
 from kernels.elementwise import rotate
 from model import ModelConfig
 
@@ -102,14 +102,14 @@ def test_low_precision_is_as_good_as_torch_s_own(dtype):
 
 @given(st.integers(1, 12), st.integers(0, 5))
 def test_causal_mask_is_the_lower_triangle(T, past):
-    assert (array(dense(causal_mask(T, past), past + T)[0, 0]) == np.tri(T, past + T, past)).all()
+    assert (array(visible(causal_mask(T, past), past + T)[0, 0]) == np.tri(T, past + T, past)).all()
 
 
 @given(seeds, st.integers(1, 12))
 def test_document_mask_sees_its_own_document_and_no_other(seed, T):
     document = np.random.default_rng(seed).integers(0, 2, (3, T)).cumsum(1)
     starts = np.array([[int(np.argmax(row == d)) for d in row] for row in document])
-    seen = array(dense(document_mask(torch.from_numpy(starts)), T))
+    seen = array(visible(document_mask(torch.from_numpy(starts)), T))
     for b, t, s in np.ndindex(3, T, T):
         assert seen[b, 0, t, s] == (s <= t and document[b, s] == document[b, t])
 

@@ -41,7 +41,7 @@ from data import (
     standard_library,
     whole,
 )
-from kernels.attention import dense
+from kernels.attention import visible
 from objectives import IGNORE, Rows
 from run import UserError, read_json
 from tokenizer import BPE, END_OF_TEXT
@@ -135,7 +135,7 @@ def test_a_token_sees_its_own_piece_and_nothing_across_a_border(tmp_path, sizes,
     rng = None if seed is None else np.random.default_rng(seed)
     packed = best_fit(cut(shards.lengths, T, rng), T)
     rows = fill(packed, shards, T, END)
-    sees = dense(document_mask(rows.starts), T)[:, 0]
+    sees = visible(document_mask(rows.starts), T)[:, 0]
     for b, t in np.ndindex(*rows.ids.shape):
         seen = sees[b, t].nonzero()[:, 0].tolist()
         assert seen == list(range(seen[0], t + 1))
