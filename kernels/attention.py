@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.flash import TritonAttention, check_triton
+
 BLOCK = 64  # queries at a time: a block of scores then stays in a core's own cache
 
 
@@ -92,11 +94,30 @@ def attend_with_lse_obvious(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """The same function and gradients as `attend_obvious`, block by block."""
+    """The same function and gradients as `attend_obvious`: in Triton on CUDA, else in torch.
+
+    There the plain interval goes block by block, other masks through the obvious version.
+    """
+    if q.is_cuda:
+        return attend_triton(q, k, v, mask, scale)
     check_shapes(q, k, v, mask)
     if not mask.plain:
         return attend_obvious(q, k, v, mask, scale)
     return BlockedAttention.apply(q, k, v, mask, scale)
+
+
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """The same function and gradients as `attend_obvious`, in kernels written by hand."""
+    return attend_with_lse_triton(q, k, v, mask, scale)[0]
+
+
+def attend_with_lse_triton(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same functions and gradients as `attend_with_lse_obvious`."""
+    check_shapes(q, k, v, mask)
+    check_triton(q, k, v, mask, scale)
+    return TritonAttention.apply(q, k, v, mask.bias, mask, scale)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:

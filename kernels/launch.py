@@ -29,8 +29,9 @@ class Missing:
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton is for Linux
-    triton = tl = Missing()
+    triton = tl = TensorDescriptor = Missing()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

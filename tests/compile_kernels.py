@@ -68,7 +68,7 @@ def main(capability: int, modules: list[str]) -> None:
                 self.fn.run(*args, **settings)
             except Exception as error:
                 print(json.dumps({"label": label, "kernel": self.base_fn.__name__, "compiles": False,
-                                  "options": config.all_kwargs(), "error": repr(error)[:300]}))  # fmt: skip
+                                  "options": config.all_kwargs(), "error": str(error)[-400:]}))  # fmt: skip
 
     JITFunction.run, Autotuner.run = compile_only, every_configuration
     for module in modules:
