@@ -11,63 +11,14 @@ Papers: Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); Dao 2023, FlashAttention-
 al. 2023, grouped heads (arXiv 2305.13245).
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from kernels.flash import TritonAttention, check_triton
+from kernels import launch
+from kernels.flash import TritonAttention
+from kernels.mask import Mask, check_shapes, dense, visible
 
 BLOCK = 64  # queries at a time: a block of scores then stays in a core's own cache
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Query t of sample b sees the keys s with lo[b, t] ≤ s ≤ hi[b, t]; none where lo > hi.
-
-    lo, hi: int64, (B T), or (1 T) when all samples are alike. Optional, each further field changes
-    what is seen or adds to the scores:
-    slopes (H), with at: ALiBi adds −slope·|at[b, t] − s|, where at (B T) or (1 T) holds the place
-    of query t among the keys. Constants, without a gradient.
-    bias (B H T S), B and H may be 1: added to the scores, with a gradient.
-    layout (H ⌈T/block⌉ ⌈S/block⌉), bool, H may be 1: a query sees a key only where its block is
-    true; empty blocks are skipped.
-    """
-
-    lo: Tensor
-    hi: Tensor
-    slopes: Tensor | None = None
-    at: Tensor | None = None
-    bias: Tensor | None = None
-    layout: Tensor | None = None
-    block: int = 64
-
-    @property
-    def plain(self) -> bool:
-        """Whether the interval is all there is."""
-        return self.slopes is None and self.bias is None and self.layout is None
-
-
-def visible(mask: Mask, keys: int) -> Tensor:
-    """True where query t sees key s: (B H T S), B and H may be 1."""
-    s = torch.arange(keys, device=mask.lo.device)
-    seen = ((mask.lo[..., None] <= s) & (s <= mask.hi[..., None]))[:, None]
-    if mask.layout is None:
-        return seen
-    per_query = mask.layout.repeat_interleave(mask.block, 1)[:, : seen.shape[2]]
-    return seen & per_query.repeat_interleave(mask.block, 2)[:, :, :keys]
-
-
-def dense(mask: Mask, keys: int, dtype: torch.dtype) -> Tensor:
-    """The mask written out as what is added to the scores: (B H T S), B and H may be 1."""
-    seen = visible(mask, keys)
-    added = torch.zeros((), dtype=dtype, device=seen.device)
-    if mask.slopes is not None:
-        distance = (mask.at[..., None] - torch.arange(keys, device=seen.device)).abs()  # B T S
-        added = -mask.slopes.to(dtype)[:, None, None] * distance[:, None]
-    if mask.bias is not None:
-        added = added + mask.bias.to(dtype)
-    return torch.where(seen, added, -torch.inf)
 
 
 def attend_obvious(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -120,34 +71,27 @@ def attend_with_lse_triton(
     return TritonAttention.apply(q, k, v, mask.bias, mask, scale)
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """ValueError, one sentence, unless q (B H T D), k and v (B K S D) and the mask fit together."""
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, D):
+def check_triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> None:
+    """ValueError, one sentence, for what the kernels cannot do."""
+    launch.check("attend", q=q, k=k, v=v)
+    for name in ("lo", "hi", "slopes", "at", "bias", "layout"):
+        x = getattr(mask, name)
+        if x is not None and x.device != q.device:
+            raise ValueError(f"attend: mask.{name} is on {x.device}, but q on {q.device}")
+    if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
-            f"attend: k {tuple(k.shape)} and v {tuple(v.shape)} must both be (B K S D) "
-            f"with the B = {B} and D = {D} of q"
+            f"attend: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
         )
-    if H % K:
-        raise ValueError(f"attend: {H} query heads cannot be shared out over {K} key-value heads")
-    tiles = (-(-T // mask.block), -(-S // mask.block))
-    allowed = {
-        "lo": ((B, T), (1, T)),
-        "hi": (tuple(mask.lo.shape),),
-        "slopes": ((H,),),
-        "at": ((B, T), (1, T)),
-        "bias": tuple((b, h, T, S) for b in (B, 1) for h in (H, 1)),
-        "layout": tuple((h, *tiles) for h in (H, 1)),
-    }
-    for name, shapes in allowed.items():
-        field = getattr(mask, name)
-        if field is not None and tuple(field.shape) not in shapes:
-            raise ValueError(
-                f"attend: mask.{name} {tuple(field.shape)} must be "
-                + " or ".join(str(shape) for shape in dict.fromkeys(shapes))
-            )
-    if (mask.slopes is None) != (mask.at is None):
-        raise ValueError("attend: mask.slopes and mask.at belong together")
+    if not 16 <= q.shape[3] <= 256:
+        raise ValueError(f"attend: the head width D = {q.shape[3]} must be from 16 to 256")
+    if not scale > 0:
+        raise ValueError(f"attend: scale = {scale} must be above 0")
+    if mask.slopes is not None and mask.slopes.requires_grad:
+        raise ValueError("attend: mask.slopes are constants and get no gradient: detach them")
+    if mask.bias is not None and mask.bias.dtype not in launch.FLOATS:
+        raise ValueError(f"attend: mask.bias is {mask.bias.dtype}; supported are 32 and 16 bits")
+    if mask.layout is not None and (mask.block < 16 or mask.block & (mask.block - 1)):
+        raise ValueError(f"attend: mask.block = {mask.block} must be a power of 2, at least 16")
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kernels import launch
 from kernels.launch import LOG2E, TensorDescriptor, tl, triton
+from kernels.mask import Mask
 
 # --- Triton: parts that forward and backward share ------------------------------------------------
 
@@ -501,29 +502,6 @@ def bias_kernel(
 
 
 # --- Triton: launches -----------------------------------------------------------------------------
-
-
-def check_triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> None:
-    """ValueError, one sentence, for what the kernels cannot do."""
-    launch.check("attend", q=q, k=k, v=v)
-    for name in ("lo", "hi", "slopes", "at", "bias", "layout"):
-        x = getattr(mask, name)
-        if x is not None and x.device != q.device:
-            raise ValueError(f"attend: mask.{name} is on {x.device}, but q on {q.device}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"attend: q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
-        )
-    if not 16 <= q.shape[3] <= 256:
-        raise ValueError(f"attend: the head width D = {q.shape[3]} must be from 16 to 256")
-    if not scale > 0:
-        raise ValueError(f"attend: scale = {scale} must be above 0")
-    if mask.slopes is not None and mask.slopes.requires_grad:
-        raise ValueError("attend: mask.slopes are constants and get no gradient: detach them")
-    if mask.bias is not None and mask.bias.dtype not in launch.FLOATS:
-        raise ValueError(f"attend: mask.bias is {mask.bias.dtype}; supported are 32 and 16 bits")
-    if mask.layout is not None and (mask.block < 16 or mask.block & (mask.block - 1)):
-        raise ValueError(f"attend: mask.block = {mask.block} must be a power of 2, at least 16")
 
 
 class TritonAttention(torch.autograd.Function):

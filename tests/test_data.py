@@ -41,7 +41,7 @@ from data import (
     standard_library,
     whole,
 )
-from kernels.attention import visible
+from kernels.mask import visible
 from objectives import IGNORE, Rows
 from run import UserError, read_json
 from tokenizer import BPE, END_OF_TEXT
