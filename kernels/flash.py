@@ -44,6 +44,38 @@ def place(tiles, heads, section):
 
 
 @triton.jit
+def tile(X, b, h, first, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """Rows first … first + N − 1 of head h of sample b, zeros beyond the edges: (N D).
+
+    X is a tensor descriptor, which the hardware copies from (TMA), or where that does not exist a
+    tuple (pointer, three strides, rows, width).
+    """
+    if TMA:
+        return X.load([b, h, first, 0]).reshape(N, D)
+    at, there = addresses(X, b, h, first, N, D)
+    return tl.load(at, there, other=0.0)
+
+
+@triton.jit
+def put(X, b, h, first, x, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
+    """Store a tile where `tile` would load it."""
+    if TMA:
+        X.store([b, h, first, 0], x.to(X.dtype).reshape(1, 1, N, D))
+    else:
+        at, there = addresses(X, b, h, first, N, D)
+        tl.store(at, x.to(at.dtype.element_ty), there)
+
+
+@triton.jit
+def addresses(X, b, h, first, N: tl.constexpr, D: tl.constexpr):
+    row, column = tl.arange(0, N)[:, None], tl.arange(0, D)[None, :]
+    start = (
+        tl.cast(b, tl.int64) * X[1] + tl.cast(h, tl.int64) * X[2] + tl.cast(first, tl.int64) * X[3]
+    )
+    return X[0] + start + (row * X[3] + column), (first + row < X[4]) & (column < X[5])
+
+
+@triton.jit
 def clamped(Lo, Hi, row, S):
     """The interval of some queries, cut to the keys there are."""
     lo = tl.maximum(tl.load(Lo + row), 0).to(tl.int32)
@@ -99,9 +131,9 @@ def reach(first, full, full_end, end, N: tl.constexpr):
 def my_queries(Lo, Hi, lo_b, H, T, S, section, M: tl.constexpr, N: tl.constexpr):
     """This program's sample, head and tile of M queries, their intervals, and blocks of N keys."""
     tiles = tl.cdiv(T, M)
-    tile, head = place(tiles, tl.num_programs(0) // tiles, section)
+    number, head = place(tiles, tl.num_programs(0) // tiles, section)
     b, h = head // H, head % H
-    m = (tiles - 1 - tile) * M
+    m = (tiles - 1 - number) * M
     row = tl.minimum(m + tl.arange(0, M), T - 1)  # rows beyond T repeat the last
     lo, hi = clamped(Lo + b * lo_b, Hi + b * lo_b, row, S)
     first = tl.min(lo) // N * N
@@ -117,10 +149,10 @@ def my_queries(Lo, Hi, lo_b, H, T, S, section, M: tl.constexpr, N: tl.constexpr)
 @triton.jit
 def look(
     acc, total, top, q, K, V, b, kh, n, c, row, lo, hi, slope, at, Bias, bias_t, bias_s, T, S,
-    N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of the online softmax (FlashAttention-2, algorithm 1, lines 8 to 10)."""
-    k = K.load([b, kh, n, 0]).reshape(N, D)
+    k = tile(K, b, kh, n, N, D, TMA)
     s = tl.dot(q, k.T, input_precision="ieee")
     col = n + tl.arange(0, N)[None, :]
     PLAIN: tl.constexpr = slope is None and Bias is None
@@ -132,21 +164,23 @@ def look(
         safe = tl.where(new == -float("inf"), 0.0, new)
     p = tl.exp2(s * unit - safe[:, None])
     shrink = tl.exp2(top - safe)
-    v = V.load([b, kh, n, 0]).reshape(N, D)
+    v = tile(V, b, kh, n, N, D, TMA)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total * shrink + tl.sum(p, 1), new
 
 
-def forward_blocks(args):
-    """Before each launch: the shapes that Q, K, V and Out are cut into, from the configuration."""
-    for name, rows in (("Q", "M"), ("K", "N"), ("V", "N"), ("Out", "M")):
-        args[name].block_shape = [1, 1, args[rows], args["D"]]
+def cut(args: dict) -> None:
+    """Before each launch: the tiles that descriptors copy, from the configuration's M and N."""
+    for name, x in args.items():
+        if isinstance(x, TensorDescriptor):
+            rows = args["N"] if name in ("K", "V", "dK", "dV") else args["M"]
+            x.block_shape = [1, 1, rows, args["D"]]
 
 
-def tiles(hook, *table):
+def tiles(*table):
     """Configurations (M, N, warps, stages) for the autotuner."""
     return [
-        triton.Config({"M": m, "N": n}, num_warps=w, num_stages=s, pre_hook=hook)
+        triton.Config({"M": m, "N": n}, num_warps=w, num_stages=s, pre_hook=cut)
         for m, n, w, s in table
     ]
 
@@ -171,7 +205,6 @@ def fitting(table, configs, args, **options):
 
 @launch.autotune(
     tiles(
-        forward_blocks,
         (128, 128, 8, 2),
         (128, 64, 8, 3),
         (128, 64, 4, 3),
@@ -188,7 +221,7 @@ def forward_kernel(
     Q, K, V, Out, Lse, Lo, Hi, Slopes, At, Bias, Blocks, Counts,
     lo_b, at_b, bias_b, bias_h, bias_t, bias_s, blocks_h, blocks_t, counts_h,
     H, group, T, S, section, c, T_CLASS, S_CLASS,
-    TILE: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     b, h, m, row, lo, hi, first, full, full_end, left, masked = my_queries(
         Lo, Hi, lo_b, H, T, S, section, M, N
@@ -205,7 +238,7 @@ def forward_kernel(
         Blocks += h * blocks_h + m // TILE * blocks_t
         masked = tl.load(Counts + h * counts_h + m // TILE) * (TILE // N)
         full_end = full
-    q = Q.load([b, h, m, 0]).reshape(M, D)
+    q = tile(Q, b, h, m, M, D, TMA)
     acc = tl.zeros([M, D], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], -float("inf"), tl.float32)
@@ -213,18 +246,18 @@ def forward_kernel(
         n = tl.multiple_of(n, N)
         acc, total, top = look(
             acc, total, top, q, K, V, b, kh, n, c, row[:, None], lo[:, None], hi[:, None],
-            slope, at, Bias, bias_t, bias_s, T, S, N, D, False,
+            slope, at, Bias, bias_t, bias_s, T, S, N, D, TMA, False,
         )  # fmt: skip
     for i in range(masked):
         n = block_at(i, left, first, full_end, Blocks, TILE, N)
         acc, total, top = look(
             acc, total, top, q, K, V, b, kh, n, c, row[:, None], lo[:, None], hi[:, None],
-            slope, at, Bias, bias_t, bias_s, T, S, N, D, True,
+            slope, at, Bias, bias_t, bias_s, T, S, N, D, TMA, True,
         )  # fmt: skip
 
     blind = total == 0
     acc = acc / tl.where(blind, 1.0, total)[:, None]
-    Out.store([b, h, m, 0], acc.to(Out.dtype).reshape(1, 1, M, D))
+    put(Out, b, h, m, acc, M, D, TMA)
     lse = tl.where(blind, -float("inf"), top + tl.log2(tl.where(blind, 1.0, total)))
     row = m + tl.arange(0, M)
     tl.store(Lse + (b * H + h).to(tl.int64) * T + row, lse / LOG2E, row < T)
@@ -244,120 +277,120 @@ def weights(
 
 
 @triton.jit
-def row_sums(Lse, Delta, at, row, T):
-    """Log-sum-exp in base 2 and rowsum(dO ∘ O) of some queries; a blind row gets +∞, so P = 0."""
-    lse = tl.load(Lse + at + row, row < T, other=-float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
-    return lse, tl.load(Delta + at + row, row < T, other=0.0)
-
-
-@triton.jit
-def delta_kernel(
-    Out, Grad, GradLse, Delta, Lo, Hi, Bounds, lo_b, H, T, S,
-    D: tl.constexpr, M: tl.constexpr,
+def rows_kernel(
+    Out, Grad, Lse, GradLse, Sums, Seen, Bounds, Lo, Hi, lo_b, seen_b, bounds_b, H, T, S, padded,
+    D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Delta = rowsum(dO ∘ O) − dlse; and what a tile of queries sees at least and at most."""
-    tile, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
-    m = tile * M
-    out = Out.load([b, h, m, 0]).reshape(M, D).to(tl.float32)
-    grad = Grad.load([b, h, m, 0]).reshape(M, D).to(tl.float32)
-    delta = tl.sum(out * grad, 1)
+    """What the backward pass needs of each query, in memory padded to whole tiles.
+
+    Sums: lse in base 2, +∞ for a query that gives nothing, and Delta = rowsum(dO ∘ O) − dlse.
+    Seen: its interval, cut to the keys there are. Bounds: of each tile of queries the smallest and
+    largest key that any sees, and the smallest and largest that all see.
+    """
+    number, b, h = tl.program_id(0), tl.program_id(1) // H, tl.program_id(1) % H
+    m = number * M
     row = m + tl.arange(0, M)
-    at = tl.program_id(1).to(tl.int64) * T + row
+    head = tl.program_id(1).to(tl.int64)
+    lse = tl.load(Lse + head * T + row, row < T, other=-float("inf"))
+    lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+    out = tile(Out, b, h, m, M, D, TMA).to(tl.float32)
+    grad = tile(Grad, b, h, m, M, D, TMA).to(tl.float32)
+    delta = tl.sum(out * grad, 1)
     if GradLse is not None:
-        delta -= tl.load(GradLse + at, row < T, other=0.0)
-    tl.store(Delta + at, delta, row < T)
+        delta -= tl.load(GradLse + head * T + row, row < T, other=0.0)
+    Sums += head * 2 * padded + row
+    tl.store(Sums, lse)
+    tl.store(Sums + padded, delta)
     if h == 0:
-        row = tl.minimum(row, T - 1)
-        lo, hi = clamped(Lo + b * lo_b, Hi + b * lo_b, row, S)
-        count = tl.num_programs(0)
-        Bounds += b * 4 * count + tile
-        tl.store(Bounds, tl.min(lo))
-        tl.store(Bounds + count, tl.max(hi))
-        tl.store(Bounds + 2 * count, tl.max(lo))
-        tl.store(Bounds + 3 * count, tl.min(hi))
+        last = tl.minimum(row, T - 1)  # rows beyond T repeat the last
+        lo, hi = clamped(Lo + b * lo_b, Hi + b * lo_b, last, S)
+        seen = Seen + b * seen_b + row
+        tl.store(seen, lo)
+        tl.store(seen + padded, hi)
+        bounds = Bounds + b * bounds_b + number
+        count = padded // M
+        tl.store(bounds, tl.min(lo))
+        tl.store(bounds + count, tl.max(hi))
+        tl.store(bounds + 2 * count, tl.max(lo))
+        tl.store(bounds + 3 * count, tl.min(hi))
 
 
 @triton.jit
 def key_gradients(
-    dk, dv, k, v, Q, Grad, Lse, Delta, Lo, Hi, At, b, h, H, m, c, col, slope,
-    Bias, bias_t, bias_s, T, S, M: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, Q, Grad, Sums, Seen, At, padded, b, h, m, c, col, slope, Bias,
+    bias_t, bias_s, T, S, M: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds: dV += Pᵀ dO, dK += dSᵀ Q; all tables are transposed."""
-    q = Q.load([b, h, m, 0]).reshape(M, D)
-    do = Grad.load([b, h, m, 0]).reshape(M, D)
+    q = tile(Q, b, h, m, M, D, TMA)
+    do = tile(Grad, b, h, m, M, D, TMA)
     row = m + tl.arange(0, M)
-    lse, delta = row_sums(Lse, Delta, (b * H + h).to(tl.int64) * T, row, T)
-    row = tl.minimum(row, T - 1)
+    s = tl.dot(k, q.T, input_precision="ieee")
+    lse = tl.load(Sums + row)
     lo, hi, at = None, None, None
     if MASKED:
-        lo, hi = clamped(Lo, Hi, row, S)
-        lo = lo[None, :]
-        hi = hi[None, :]
+        lo = tl.load(Seen + row)[None, :]
+        hi = tl.load(Seen + padded + row)[None, :]
     if slope is not None:
-        at = tl.load(At + row).to(tl.int32)[None, :]
-    s = tl.dot(k, q.T, input_precision="ieee")
+        at = tl.load(At + tl.minimum(row, T - 1)).to(tl.int32)[None, :]
     p = weights(
         s, c, lse[None, :], row[None, :], col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED
     )
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, do.T, input_precision="ieee")
+    delta = tl.load(Sums + padded + row)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
-def key_blocks(args):
-    for name, rows in (("Q", "M"), ("Grad", "M"), ("K", "N"), ("V", "N"), ("dK", "N"), ("dV", "N")):
-        args[name].block_shape = [1, 1, args[rows], args["D"]]
-
-
 @launch.autotune(
-    tiles(key_blocks, (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2)),
+    tiles((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2)),
     ["D", "T_CLASS", "S_CLASS"],
     {"N": 16},
 )
 @triton.jit
 def key_kernel(
-    Q, K, V, Grad, dK, dV, Lse, Delta, Bounds, Lo, Hi, Slopes, At, Bias, Blocks, Counts,
-    lo_b, at_b, bias_b, bias_h, bias_t, bias_s, blocks_h, blocks_t, counts_h,
-    H, group, T, S, section, bounds_b, c, scale, T_CLASS, S_CLASS,
-    TILE: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    Q, K, V, Grad, dK, dV, Sums, Seen, Bounds, Slopes, At, Bias, Blocks, Counts,
+    at_b, bias_b, bias_h, bias_t, bias_s, blocks_h, blocks_t, counts_h,
+    H, group, T, S, padded, section, seen_b, bounds_b, c, scale, T_CLASS, S_CLASS,
+    TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, COUNT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys, summed over all queries that see it, in a fixed order."""
-    tile, head = place(tl.cdiv(S, N), tl.num_programs(0) // tl.cdiv(S, N), section)
+    number, head = place(tl.cdiv(S, N), tl.num_programs(0) // tl.cdiv(S, N), section)
     heads = H // group
     b, kh = head // heads, head % heads
-    n = tile * N
+    n = number * N
     col = n + tl.arange(0, N)[:, None]
-    Lo += b * lo_b
-    Hi += b * lo_b
+    Seen += b * seen_b
     if At is not None:
         At += b * at_b
 
     # which tiles of queries see some of these keys, and which all of them
     queries = tl.cdiv(T, M)
     index = tl.arange(0, COUNT)
-    Bounds += b * bounds_b + index
     there = index < queries
+    Bounds += b * bounds_b + index
+    count = padded // M
     lowest = tl.load(Bounds, there, other=S)
-    highest = tl.load(Bounds + queries, there, other=-1)
+    highest = tl.load(Bounds + count, there, other=-1)
     seen = (lowest < n + N) & (highest >= n)
     first = tl.min(tl.where(seen, index, queries))
     end = tl.max(tl.where(seen, index + 1, 0))
-    lo_max = tl.load(Bounds + 2 * queries, there, other=S)
-    hi_min = tl.load(Bounds + 3 * queries, there, other=-1)
+    lo_max = tl.load(Bounds + 2 * count, there, other=S)
+    hi_min = tl.load(Bounds + 3 * count, there, other=-1)
     whole = (lo_max <= n) & (hi_min >= n + N - 1)
     full = tl.min(tl.where(whole, index, queries))
     full_end = tl.min(tl.where(~whole & (index > full), index, queries))
     full, full_end, left, masked = reach(first * M, full * M, full_end * M, end * M, M)
 
-    k = K.load([b, kh, n, 0]).reshape(N, D)
-    v = V.load([b, kh, n, 0]).reshape(N, D)
+    k = tile(K, b, kh, n, N, D, TMA)
+    v = tile(V, b, kh, n, N, D, TMA)
     dk = tl.zeros([N, D], tl.float32)
     dv = tl.zeros([N, D], tl.float32)
     for g in range(group):
         h = kh * group + g
+        sums = Sums + (b * H + h).to(tl.int64) * 2 * padded
         slope = Slopes
         bias = Bias
         blocks = Blocks
@@ -371,27 +404,27 @@ def key_kernel(
             full_end = full
         for m in range(full, full_end, M):
             dk, dv = key_gradients(
-                dk, dv, k, v, Q, Grad, Lse, Delta, Lo, Hi, At, b, h, H, tl.multiple_of(m, M), c,
-                col, slope, bias, bias_t, bias_s, T, S, M, D, False,
+                dk, dv, k, v, Q, Grad, sums, Seen, At, padded, b, h, tl.multiple_of(m, M), c,
+                col, slope, bias, bias_t, bias_s, T, S, M, D, TMA, False,
             )  # fmt: skip
         for i in range(masked):
             m = block_at(i, left, first * M, full_end, blocks, TILE, M)
             dk, dv = key_gradients(
-                dk, dv, k, v, Q, Grad, Lse, Delta, Lo, Hi, At, b, h, H, m, c,
-                col, slope, bias, bias_t, bias_s, T, S, M, D, True,
+                dk, dv, k, v, Q, Grad, sums, Seen, At, padded, b, h, m, c,
+                col, slope, bias, bias_t, bias_s, T, S, M, D, TMA, True,
             )  # fmt: skip
-    dK.store([b, kh, n, 0], (dk * scale).to(dK.dtype).reshape(1, 1, N, D))
-    dV.store([b, kh, n, 0], dv.to(dV.dtype).reshape(1, 1, N, D))
+    put(dK, b, kh, n, dk * scale, N, D, TMA)
+    put(dV, b, kh, n, dv, N, D, TMA)
 
 
 @triton.jit
 def query_gradient(
     dq, q, do, lse, delta, K, V, b, kh, n, c, row, lo, hi, slope, at, Bias, bias_t, bias_s, T, S,
-    N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds: dQ += dS K."""
-    k = K.load([b, kh, n, 0]).reshape(N, D)
-    v = V.load([b, kh, n, 0]).reshape(N, D)
+    k = tile(K, b, kh, n, N, D, TMA)
+    v = tile(V, b, kh, n, N, D, TMA)
     col = n + tl.arange(0, N)[None, :]
     s = tl.dot(q, k.T, input_precision="ieee")
     p = weights(s, c, lse[:, None], row, col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED)
@@ -400,22 +433,17 @@ def query_gradient(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-def query_blocks(args):
-    for name, rows in (("Q", "M"), ("Grad", "M"), ("dQ", "M"), ("K", "N"), ("V", "N")):
-        args[name].block_shape = [1, 1, args[rows], args["D"]]
-
-
 @launch.autotune(
-    tiles(query_blocks, (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+    tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
     ["D", "T_CLASS", "S_CLASS"],
     {"M": 32, "N": 16},
 )
 @triton.jit
 def query_kernel(
-    Q, K, V, Grad, dQ, Lse, Delta, Lo, Hi, Slopes, At, Bias, Blocks, Counts,
+    Q, K, V, Grad, dQ, Sums, Lo, Hi, Slopes, At, Bias, Blocks, Counts,
     lo_b, at_b, bias_b, bias_h, bias_t, bias_s, blocks_h, blocks_t, counts_h,
-    H, group, T, S, section, c, scale, T_CLASS, S_CLASS,
-    TILE: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    H, group, T, S, padded, section, c, scale, T_CLASS, S_CLASS,
+    TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries, summed over the keys that they see."""
     b, h, m, row, lo, hi, first, full, full_end, left, masked = my_queries(
@@ -433,36 +461,32 @@ def query_kernel(
         Blocks += h * blocks_h + m // TILE * blocks_t
         masked = tl.load(Counts + h * counts_h + m // TILE) * (TILE // N)
         full_end = full
-    q = Q.load([b, h, m, 0]).reshape(M, D)
-    do = Grad.load([b, h, m, 0]).reshape(M, D)
-    lse, delta = row_sums(Lse, Delta, (b * H + h).to(tl.int64) * T, m + tl.arange(0, M), T)
+    q = tile(Q, b, h, m, M, D, TMA)
+    do = tile(Grad, b, h, m, M, D, TMA)
+    Sums += (b * H + h).to(tl.int64) * 2 * padded + m + tl.arange(0, M)
+    lse, delta = tl.load(Sums), tl.load(Sums + padded)
     dq = tl.zeros([M, D], tl.float32)
     for n in range(full, full_end, N):
         dq = query_gradient(
             dq, q, do, lse, delta, K, V, b, kh, tl.multiple_of(n, N), c, row[:, None], lo[:, None],
-            hi[:, None], slope, at, Bias, bias_t, bias_s, T, S, N, D, False,
+            hi[:, None], slope, at, Bias, bias_t, bias_s, T, S, N, D, TMA, False,
         )  # fmt: skip
     for i in range(masked):
         n = block_at(i, left, first, full_end, Blocks, TILE, N)
         dq = query_gradient(
             dq, q, do, lse, delta, K, V, b, kh, n, c, row[:, None], lo[:, None],
-            hi[:, None], slope, at, Bias, bias_t, bias_s, T, S, N, D, True,
+            hi[:, None], slope, at, Bias, bias_t, bias_s, T, S, N, D, TMA, True,
         )  # fmt: skip
-    dQ.store([b, h, m, 0], (dq * scale).to(dQ.dtype).reshape(1, 1, M, D))
+    put(dQ, b, h, m, dq * scale, M, D, TMA)
 
 
-def bias_blocks(args):
-    for name, rows in (("Q", "M"), ("Grad", "M"), ("K", "N"), ("V", "N")):
-        args[name].block_shape = [1, 1, args[rows], args["D"]]
-
-
-@launch.autotune(tiles(bias_blocks, (64, 64, 4, 2), (64, 64, 8, 2)), ["D"], {"M": 32, "N": 16})
+@launch.autotune(tiles((64, 64, 4, 2), (64, 64, 8, 2)), ["D"], {"M": 32, "N": 16})
 @triton.jit
 def bias_kernel(
-    Q, K, V, Grad, dBias, Lse, Delta, Lo, Hi, Slopes, At, Bias, Layout,
+    Q, K, V, Grad, dBias, Sums, Lo, Hi, Slopes, At, Bias, Layout,
     lo_b, at_b, bias_b, bias_h, bias_t, bias_s, layout_h, layout_t,
-    B, H, group, T, S, c, own_b, own_h,
-    TILE: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    B, H, group, T, S, padded, c, own_b, own_h,
+    TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One tile of dBias = dS, summed over the samples and heads that share this bias."""
     m, n = tl.program_id(0) * M, tl.program_id(1) * N
@@ -480,12 +504,12 @@ def bias_kernel(
                     slope = tl.load(Slopes + h).to(tl.float32) * LOG2E
                     at = tl.load(At + b * at_b + row).to(tl.int32)[:, None]
                 bias = Bias + tl.cast(b, tl.int64) * bias_b + tl.cast(h, tl.int64) * bias_h
-                q = Q.load([b, h, m, 0]).reshape(M, D)
-                do = Grad.load([b, h, m, 0]).reshape(M, D)
-                k = K.load([b, h // group, n, 0]).reshape(N, D)
-                v = V.load([b, h // group, n, 0]).reshape(N, D)
-                there = tl.cast(b * H + h, tl.int64) * T
-                lse, delta = row_sums(Lse, Delta, there, m + tl.arange(0, M), T)
+                q = tile(Q, b, h, m, M, D, TMA)
+                do = tile(Grad, b, h, m, M, D, TMA)
+                k = tile(K, b, h // group, n, N, D, TMA)
+                v = tile(V, b, h // group, n, N, D, TMA)
+                sums = Sums + tl.cast(b * H + h, tl.int64) * 2 * padded + m + tl.arange(0, M)
+                lse, delta = tl.load(sums), tl.load(sums + padded)
                 s = tl.dot(q, k.T, input_precision="ieee")
                 p = weights(
                     s, c, lse[:, None], row[:, None], col, lo[:, None], hi[:, None], slope, at,
@@ -522,7 +546,7 @@ class TritonAttention(torch.autograd.Function):
         else:
             T, heads, common = shared_arguments(q, k, v, bias, ctx.mask, scale)
             forward_kernel[lambda meta: (launch.ceil_div(T, meta["M"]) * heads,)](
-                **common, **layout_arguments(mask.layout), Out=describe(out), Lse=lse
+                **common, **layout_arguments(mask.layout), Out=describe(out, common["TMA"]), Lse=lse
             )
         ctx.save_for_backward(q, k, v, bias, out, lse)
         return out, lse
@@ -539,25 +563,29 @@ class TritonAttention(torch.autograd.Function):
         grad = torch.zeros_like(out) if grad is None else aligned(grad)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         mask, (B, H, T, D), (K, S) = ctx.mask, q.shape, k.shape[1:3]
-        M = queries_at_once(D, q.dtype, mask)
-        queries = launch.ceil_div(T, M)
-        delta = torch.empty_like(lse)
-        bounds = lse.new_empty(len(mask.lo), 4, queries, dtype=torch.int32)
+        M, padded = queries_at_once(D, q.dtype, mask), launch.ceil_div(T, 128) * 128
+        sums = lse.new_empty(B, H, 2, padded)
+        seen = lse.new_empty(len(mask.lo), 2, padded, dtype=torch.int32)
+        bounds = lse.new_empty(len(mask.lo), 4, padded // M, dtype=torch.int32)
         T, heads, common = shared_arguments(q, k, v, bias, mask, ctx.scale)
-        delta_kernel[(queries, B * H)](
-            describe(out, M), describe(grad, M), grad_lse, delta, common["Lo"], common["Hi"],
-            bounds, common["lo_b"], H, T, S, D=common["D"], M=M,
+        tma = common["TMA"]
+        strides = {"seen_b": own_stride(seen, 0), "bounds_b": own_stride(bounds, 0)}
+        rows_kernel[(padded // M, B * H)](
+            describe(out, tma, M), describe(grad, tma, M), lse, grad_lse, sums, seen, bounds,
+            common["Lo"], common["Hi"], common["lo_b"], **strides, H=H, T=T, S=S, padded=padded,
+            D=common["D"], TMA=tma, M=M,
         )  # fmt: skip
-        common |= {"Grad": describe(grad), "Lse": lse, "Delta": delta}
+        common |= {"Grad": describe(grad, tma), "Sums": sums, "padded": padded}
         query_kernel[lambda meta: (launch.ceil_div(T, meta["M"]) * heads,)](
-            **common, **layout_arguments(mask.layout), dQ=describe(dq), scale=ctx.scale
+            **common, **layout_arguments(mask.layout), dQ=describe(dq, tma), scale=ctx.scale
         )
+        of_queries = {"Lo", "Hi", "lo_b"}
+        common_keys = {name: x for name, x in common.items() if name not in of_queries}
         transposed = None if mask.layout is None else mask.layout.mT
         key_kernel[lambda meta: (launch.ceil_div(S, meta["N"]) * B * K,)](
-            **{**common, "section": max(1, common["section"] * K // H)},
-            **layout_arguments(transposed), dK=describe(dk), dV=describe(dv), Bounds=bounds,
-            bounds_b=0 if len(bounds) == 1 else bounds.stride(0), scale=ctx.scale,
-            COUNT=launch.power_of_2(queries), M=M,
+            **{**common_keys, "section": max(1, common["section"] * K // H)},
+            **layout_arguments(transposed), **strides, dK=describe(dk, tma), dV=describe(dv, tma),
+            Seen=seen, Bounds=bounds, scale=ctx.scale, COUNT=launch.power_of_2(padded // M), M=M,
         )  # fmt: skip
         if need_bias:
             launch_bias_kernel(common, dbias, mask, B)
@@ -590,18 +618,19 @@ def launch_bias_kernel(common: dict, dbias: Tensor, mask: Mask, B: int) -> None:
 def shared_arguments(q, k, v, bias, mask, scale) -> tuple[int, int, dict]:
     """T, the number of heads of all samples, and what forward and backward kernels all get."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    tma = has_tma(q.device)
     own = max(1, L2_BYTES // (2 * S * D * q.element_size()))  # key-value heads in the cache
     at = None if mask.at is None else mask.at.contiguous()
     lo, hi = mask.lo.contiguous(), mask.hi.contiguous()
     return T, B * H, {
-        "Q": describe(q), "K": describe(k), "V": describe(v), "Lo": lo, "Hi": hi,
+        "Q": describe(q, tma), "K": describe(k, tma), "V": describe(v, tma), "Lo": lo, "Hi": hi,
         "Slopes": None if mask.slopes is None else mask.slopes.contiguous(), "At": at, "Bias": bias,
         "lo_b": own_stride(lo, 0), "at_b": own_stride(at, 0), "bias_b": own_stride(bias, 0),
         "bias_h": own_stride(bias, 1), "bias_t": 0 if bias is None else bias.stride(2),
         "bias_s": 0 if bias is None else bias.stride(3), "H": H, "group": H // K, "T": T, "S": S,
         "section": min(B * H, own * H // K), "c": scale * LOG2E.value,
         "T_CLASS": launch.power_of_2(T), "S_CLASS": launch.power_of_2(S), "TILE": mask.block,
-        "D": launch.power_of_2(D),
+        "D": launch.power_of_2(D), "TMA": tma,
     }  # fmt: skip
 
 
@@ -628,10 +657,17 @@ def own_stride(x: Tensor | None, axis: int) -> int:
     return 0 if x is None or x.shape[axis] == 1 else x.stride(axis)
 
 
-def describe(x: Tensor, rows: int = 16) -> TensorDescriptor:
-    """x (B H T D) as the hardware's tile copies know it; the autotuner sets the tile's size."""
+def describe(x: Tensor, tma: bool, rows: int = 16) -> TensorDescriptor | tuple:
+    """x (B H T D) as `tile` takes it; the autotuner sets the number of rows."""
+    if not tma:
+        return x, *x.stride()[:3], *x.shape[2:]
     block = [1, 1, rows, launch.power_of_2(x.shape[3])]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the hardware copies tiles by itself: Hopper and newer (the interpreter plays one)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def addressable(x: Tensor) -> bool:
