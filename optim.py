@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.adamw import Table, adamw_triton
+
 CHUNK = 1 << 16  # weights at a time on a CPU: all five arrays of an AdamW update stay in the cache
 
 
@@ -94,12 +96,20 @@ class AdamW:
         self.params = dict(named)
         self.m = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.v = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.table = Table()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         self.t += 1
-        for name, p in self.params.items():
-            decay = self.config.weight_decay if is_block_matrix(name, p) else 0.0
+        c, params = self.config, list(self.params.values())
+        decays = [c.weight_decay if is_block_matrix(n, p) else 0.0 for n, p in self.params.items()]
+        if any(p.is_cuda for p in params):
+            grads, ms, vs = [p.grad for p in params], [*self.m.values()], [*self.v.values()]
+            adamw_triton(
+                params, grads, ms, vs, self.t, lr, decays, c.beta1, c.beta2, c.eps, 1.0, self.table
+            )
+            return
+        for (name, p), decay in zip(self.params.items(), decays, strict=True):
             arrays = [x.view(-1) for x in (p, p.grad, self.m[name], self.v[name])]
             size = CHUNK if p.device.type == "cpu" else p.numel()
             for chunk in zip(*(x.split(size) for x in arrays), strict=True):

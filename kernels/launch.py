@@ -82,6 +82,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether the hardware copies tiles by itself: Hopper and newer (the interpreter plays one)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
