@@ -1,14 +1,14 @@
 """Attention in Triton: FlashAttention-2 by hand, forward and backward, for every `Mask`.
 
-Idea: a program keeps a tile of queries and walks over blocks of keys with an online softmax, so the
+Idea: a program keeps a tile of queries and walks over blocks of keys with an online lse2, so the
 table of scores never leaves the chip. Blocks of which every query sees every key run in a loop
-without a mask, the others in a second one: a comparison costs as much as half the softmax. All
+without a mask, the others in a second one: a comparison costs as much as half the lse2. All
 exponentials are powers of 2, with scale · log₂e folded into one multiply-add. Tiles are copied by
 the hardware (tensor descriptors), which fills with zeros beyond the edge.
 
 `attend_triton` in kernels/attention.py is the function; this file is what stands behind it.
 
-Papers: Dao 2023, FlashAttention-2 (arXiv 2307.08691); Milakov and Gimelshein 2018, online softmax
+Papers: Dao 2023, FlashAttention-2 (arXiv 2307.08691); Milakov and Gimelshein 2018, online lse2
 (arXiv 1805.02867); Press et al. 2022, ALiBi (arXiv 2108.12409).
 
 Letters: B samples · H query heads · K key-value heads · T queries · S keys · D head width (a power
@@ -26,6 +26,7 @@ from kernels.mask import Mask
 
 # --- Triton: parts that forward and backward share ------------------------------------------------
 
+PRECISION = tl.constexpr("ieee")  # of fp32 products; those of 16-bit numbers are exact
 L2_BYTES = 32 << 20  # of keys and values that many programs may look at together
 
 
@@ -52,8 +53,9 @@ def tile(X, b, h, first, N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
     """
     if TMA:
         return X.load([b, h, first, 0]).reshape(N, D)
-    at, there = addresses(X, b, h, first, N, D)
-    return tl.load(at, there, other=0.0)
+    else:
+        at, there = addresses(X, b, h, first, N, D)
+        return tl.load(at, there, other=0.0)
 
 
 @triton.jit
@@ -151,9 +153,9 @@ def look(
     acc, total, top, q, K, V, b, kh, n, c, row, lo, hi, slope, at, Bias, bias_t, bias_s, T, S,
     N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of the online softmax (FlashAttention-2, algorithm 1, lines 8 to 10)."""
+    """One block of keys of the online lse2 (FlashAttention-2, algorithm 1, lines 8 to 10)."""
     k = tile(K, b, kh, n, N, D, TMA)
-    s = tl.dot(q, k.T, input_precision="ieee")
+    s = tl.dot(q, k.T, input_precision=PRECISION)
     col = n + tl.arange(0, N)[None, :]
     PLAIN: tl.constexpr = slope is None and Bias is None
     s = exponents(s, c, row, col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED)
@@ -165,7 +167,7 @@ def look(
     p = tl.exp2(s * unit - safe[:, None])
     shrink = tl.exp2(top - safe)
     v = tile(V, b, kh, n, N, D, TMA)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, total * shrink + tl.sum(p, 1), new
 
 
@@ -177,50 +179,53 @@ def cut(args: dict) -> None:
             x.block_shape = [1, 1, rows, args["D"]]
 
 
-def tiles(*table):
-    """Configurations (M, N, warps, stages) for the autotuner."""
-    return [
-        triton.Config({"M": m, "N": n}, num_warps=w, num_stages=s, pre_hook=cut)
-        for m, n, w, s in table
-    ]
+def tuned(names: tuple[str, ...], table: dict, interpreted: dict):
+    """Autotune over (tile sizes by these names, warps, stages), all of which fit into registers.
 
-
-def fitting(table, configs, args, **options):
-    """Those configurations that hold their numbers in registers and shared memory, by `table`.
-
-    table(D, bytes of an element, Hopper or newer) → the (M, N, warps, stages) that fit. With a
-    layout, a block must not be larger than the layout's.
+    table maps (whether tiles are copied by hardware, D up to …) to them, for 16-bit numbers. With a
+    bias, which takes many registers, only the last one of a row is sure to fit.
     """
-    options = {**args, **options}
-    target = triton.runtime.driver.active.get_current_target()
-    good = table(options["D"], options["Q"].base.element_size(), target.arch >= 90)
-    limit = options["TILE"] if options["Blocks"] is not None else 1 << 30
-    found = [
-        config for config in configs
-        if (config.kwargs["M"], config.kwargs["N"], config.num_warps, config.num_stages) in good
-        and max(config.kwargs.values()) <= limit
-    ]  # fmt: skip
-    return found or [min(configs, key=lambda c: c.kwargs["M"] * c.kwargs["N"] * c.num_stages)]
+
+    def configuration(entry: tuple) -> triton.Config:
+        *sizes, warps, stages = entry
+        sizes = dict(zip(names, sizes, strict=True))
+        return triton.Config(sizes, num_warps=warps, num_stages=stages, pre_hook=cut)
+
+    def fitting(configs: list, args: dict, **options) -> list:
+        options = {**args, **options}
+        if options["wide"]:
+            return [configuration((16,) * len(names) + (8, 1))]
+        row = table[options["TMA"], max(64, options["D"])]
+        row = row if options["Bias"] is None else row[-1:]
+        if options.get("Blocks") is not None:  # no tile may be larger than the layout's
+            most = options["TILE"]
+            row = [e for e in row if max(e[:-2]) <= most] or [(most,) * len(names) + (4, 2)]
+        return [configuration(entry) for entry in row]
+
+    entries = dict.fromkeys(entry for row in table.values() for entry in row)
+    return launch.autotune(
+        [configuration(entry) for entry in entries], ["D", "kind"], interpreted,
+        prune_configs_by={"early_config_prune": fitting},
+    )  # fmt: skip
 
 
-@launch.autotune(
-    tiles(
-        (128, 128, 8, 2),
-        (128, 64, 8, 3),
-        (128, 64, 4, 3),
-        (64, 64, 4, 3),
-        (64, 64, 4, 2),
-        (64, 32, 4, 2),
-        (32, 32, 4, 2),
-    ),
-    ["D", "T_CLASS", "S_CLASS"],
+@tuned(
+    ("M", "N"),
+    {
+        (True, 64): [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+        (True, 128): [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)],
+        (True, 256): [(128, 32, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)],
+        (False, 64): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
+        (False, 128): [(128, 64, 8, 2), (64, 32, 4, 2)],
+        (False, 256): [(64, 32, 8, 2)],
+    },
     {"M": 32, "N": 16},
 )
 @triton.jit
 def forward_kernel(
-    Q, K, V, Out, Lse, Lo, Hi, Slopes, At, Bias, Blocks, Counts,
+    Q, K, V, Out, Lse, Lse2, Lo, Hi, Slopes, At, Bias, Blocks, Counts,
     lo_b, at_b, bias_b, bias_h, bias_t, bias_s, blocks_h, blocks_t, counts_h,
-    H, group, T, S, section, c, T_CLASS, S_CLASS,
+    H, group, T, S, section, c, wide, kind,
     TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     b, h, m, row, lo, hi, first, full, full_end, left, masked = my_queries(
@@ -260,7 +265,9 @@ def forward_kernel(
     put(Out, b, h, m, acc, M, D, TMA)
     lse = tl.where(blind, -float("inf"), top + tl.log2(tl.where(blind, 1.0, total)))
     row = m + tl.arange(0, M)
-    tl.store(Lse + (b * H + h).to(tl.int64) * T + row, lse / LOG2E, row < T)
+    at = (b * H + h).to(tl.int64) * T + row
+    tl.store(Lse + at, lse / LOG2E, row < T)
+    tl.store(Lse2 + at, lse, row < T)  # what the backward pass needs, before it is rounded again
 
 
 # --- Triton: backward -----------------------------------------------------------------------------
@@ -278,7 +285,8 @@ def weights(
 
 @triton.jit
 def rows_kernel(
-    Out, Grad, Lse, GradLse, Sums, Seen, Bounds, Lo, Hi, lo_b, seen_b, bounds_b, H, T, S, padded,
+    Out, Grad, Lse2, GradLse, Sums, Seen, Bounds, Lo, Hi,
+    lo_b, seen_b, bounds_b, H, T, S, padded,
     D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass needs of each query, in memory padded to whole tiles.
@@ -291,11 +299,10 @@ def rows_kernel(
     m = number * M
     row = m + tl.arange(0, M)
     head = tl.program_id(1).to(tl.int64)
-    lse = tl.load(Lse + head * T + row, row < T, other=-float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
-    out = tile(Out, b, h, m, M, D, TMA).to(tl.float32)
-    grad = tile(Grad, b, h, m, M, D, TMA).to(tl.float32)
-    delta = tl.sum(out * grad, 1)
+    lse = tl.load(Lse2 + head * T + row, row < T, other=-float("inf"))
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    out = tile(Out, b, h, m, M, D, TMA)
+    delta = tl.sum(out.to(tl.float32) * tile(Grad, b, h, m, M, D, TMA).to(tl.float32), 1)
     if GradLse is not None:
         delta -= tl.load(GradLse + head * T + row, row < T, other=0.0)
     Sums += head * 2 * padded + row
@@ -324,8 +331,8 @@ def key_gradients(
     q = tile(Q, b, h, m, M, D, TMA)
     do = tile(Grad, b, h, m, M, D, TMA)
     row = m + tl.arange(0, M)
-    s = tl.dot(k, q.T, input_precision="ieee")
-    lse = tl.load(Sums + row)
+    s = tl.dot(k, q.T, input_precision=PRECISION)
+    lse = tl.load(Sums + row)[None, :]
     lo, hi, at = None, None, None
     if MASKED:
         lo = tl.load(Seen + row)[None, :]
@@ -333,26 +340,33 @@ def key_gradients(
     if slope is not None:
         at = tl.load(At + tl.minimum(row, T - 1)).to(tl.int32)[None, :]
     p = weights(
-        s, c, lse[None, :], row[None, :], col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED
+        s, c, lse, rest, row[None, :], col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED
     )
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    dp = tl.dot(v, do.T, input_precision="ieee")
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, do.T, input_precision=PRECISION)
     delta = tl.load(Sums + padded + row)
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@launch.autotune(
-    tiles((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2)),
-    ["D", "T_CLASS", "S_CLASS"],
+@tuned(
+    ("N",),
+    {
+        (True, 64): [(128, 8, 3), (64, 4, 2), (128, 8, 2)],
+        (True, 128): [(128, 8, 2), (64, 4, 2), (64, 8, 2)],
+        (True, 256): [(64, 8, 2)],
+        (False, 64): [(128, 8, 2)],
+        (False, 128): [(64, 8, 2)],
+        (False, 256): [(64, 8, 2)],
+    },
     {"N": 16},
 )
 @triton.jit
 def key_kernel(
     Q, K, V, Grad, dK, dV, Sums, Seen, Bounds, Slopes, At, Bias, Blocks, Counts,
     at_b, bias_b, bias_h, bias_t, bias_s, blocks_h, blocks_t, counts_h,
-    H, group, T, S, padded, section, seen_b, bounds_b, c, scale, T_CLASS, S_CLASS,
+    H, group, T, S, padded, section, seen_b, bounds_b, c, scale, wide, kind,
     TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, COUNT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -426,23 +440,30 @@ def query_gradient(
     k = tile(K, b, kh, n, N, D, TMA)
     v = tile(V, b, kh, n, N, D, TMA)
     col = n + tl.arange(0, N)[None, :]
-    s = tl.dot(q, k.T, input_precision="ieee")
-    p = weights(s, c, lse[:, None], row, col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED)
-    dp = tl.dot(do, v.T, input_precision="ieee")
+    s = tl.dot(q, k.T, input_precision=PRECISION)
+    p = weights(s, c, lse, row, col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED)
+    dp = tl.dot(do, v.T, input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@launch.autotune(
-    tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
-    ["D", "T_CLASS", "S_CLASS"],
+@tuned(
+    ("M", "N"),
+    {
+        (True, 64): [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3)],
+        (True, 128): [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3)],
+        (True, 256): [(64, 64, 8, 2), (64, 32, 8, 2)],
+        (False, 64): [(64, 64, 4, 2), (64, 32, 4, 2)],
+        (False, 128): [(64, 32, 4, 2), (64, 64, 8, 2)],
+        (False, 256): [(64, 32, 8, 2)],
+    },
     {"M": 32, "N": 16},
 )
 @triton.jit
 def query_kernel(
     Q, K, V, Grad, dQ, Sums, Lo, Hi, Slopes, At, Bias, Blocks, Counts,
     lo_b, at_b, bias_b, bias_h, bias_t, bias_s, blocks_h, blocks_t, counts_h,
-    H, group, T, S, padded, section, c, scale, T_CLASS, S_CLASS,
+    H, group, T, S, padded, section, c, scale, wide, kind,
     TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries, summed over the keys that they see."""
@@ -464,7 +485,7 @@ def query_kernel(
     q = tile(Q, b, h, m, M, D, TMA)
     do = tile(Grad, b, h, m, M, D, TMA)
     Sums += (b * H + h).to(tl.int64) * 2 * padded + m + tl.arange(0, M)
-    lse, delta = tl.load(Sums), tl.load(Sums + padded)
+    lse, delta = tl.load(Sums)[:, None], tl.load(Sums + padded)
     dq = tl.zeros([M, D], tl.float32)
     for n in range(full, full_end, N):
         dq = query_gradient(
@@ -480,12 +501,23 @@ def query_kernel(
     put(dQ, b, h, m, dq * scale, M, D, TMA)
 
 
-@launch.autotune(tiles((64, 64, 4, 2), (64, 64, 8, 2)), ["D"], {"M": 32, "N": 16})
+@tuned(
+    ("M", "N"),
+    {
+        (True, 64): [(64, 64, 8, 2)],
+        (True, 128): [(64, 64, 8, 2)],
+        (True, 256): [(64, 32, 8, 2)],
+        (False, 64): [(64, 32, 8, 2)],
+        (False, 128): [(64, 32, 8, 2)],
+        (False, 256): [(32, 16, 8, 1)],
+    },
+    {"M": 32, "N": 16},
+)
 @triton.jit
 def bias_kernel(
     Q, K, V, Grad, dBias, Sums, Lo, Hi, Slopes, At, Bias, Layout,
     lo_b, at_b, bias_b, bias_h, bias_t, bias_s, layout_h, layout_t,
-    B, H, group, T, S, padded, c, own_b, own_h,
+    B, H, group, T, S, padded, c, wide, kind, own_b, own_h,
     TILE: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One tile of dBias = dS, summed over the samples and heads that share this bias."""
@@ -509,16 +541,16 @@ def bias_kernel(
                 k = tile(K, b, h // group, n, N, D, TMA)
                 v = tile(V, b, h // group, n, N, D, TMA)
                 sums = Sums + tl.cast(b * H + h, tl.int64) * 2 * padded + m + tl.arange(0, M)
-                lse, delta = tl.load(sums), tl.load(sums + padded)
-                s = tl.dot(q, k.T, input_precision="ieee")
+                lse, delta = tl.load(sums)[:, None], tl.load(sums + padded)
+                s = tl.dot(q, k.T, input_precision=PRECISION)
                 p = weights(
-                    s, c, lse[:, None], row[:, None], col, lo[:, None], hi[:, None], slope, at,
+                    s, c, lse, rest, row[:, None], col, lo[:, None], hi[:, None], slope, at,
                     bias, bias_t, bias_s, T, S, True,
                 )  # fmt: skip
                 if Layout is not None:
                     open = tl.load(Layout + h * layout_h + m // TILE * layout_t + n // TILE)
                     p = tl.where(open, p, 0.0)
-                dp = tl.dot(do, v.T, input_precision="ieee")
+                dp = tl.dot(do, v.T, input_precision=PRECISION)
                 total += p * (dp - delta[:, None])
     row = m + tl.arange(0, M)[:, None]
     dBias += tl.program_id(2).to(tl.int64) * T * S + row.to(tl.int64) * S + col
@@ -540,20 +572,24 @@ class TritonAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mask, ctx.scale = replace(mask, bias=None), scale
         q, k, v = aligned(q), aligned(k), aligned(v)
-        out, lse = room_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out, (lse, lse2) = room_like(q), q.new_empty(2, *q.shape[:3], dtype=torch.float32)
         if 0 in (*q.shape, k.shape[2]):
             out.zero_(), lse.fill_(-torch.inf)
         else:
             T, heads, common = shared_arguments(q, k, v, bias, ctx.mask, scale)
             forward_kernel[lambda meta: (launch.ceil_div(T, meta["M"]) * heads,)](
-                **common, **layout_arguments(mask.layout), Out=describe(out, common["TMA"]), Lse=lse
+                **common,
+                **layout_arguments(mask.layout),
+                Out=describe(out, common["TMA"]),
+                Lse=lse,
+                Lse2=lse2,
             )
-        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.save_for_backward(q, k, v, bias, out, lse2)
         return out, lse
 
     @staticmethod
     def backward(ctx, grad, grad_lse):
-        q, k, v, bias, out, lse = ctx.saved_tensors
+        q, k, v, bias, out, lse2 = ctx.saved_tensors
         need_bias = bias is not None and ctx.needs_input_grad[3]
         dq, dk, dv = room_like(q), room_like(k), room_like(v)
         dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device) if need_bias else None
@@ -563,15 +599,15 @@ class TritonAttention(torch.autograd.Function):
         grad = torch.zeros_like(out) if grad is None else aligned(grad)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         mask, (B, H, T, D), (K, S) = ctx.mask, q.shape, k.shape[1:3]
-        M, padded = queries_at_once(D, q.dtype, mask), launch.ceil_div(T, 128) * 128
-        sums = lse.new_empty(B, H, 2, padded)
-        seen = lse.new_empty(len(mask.lo), 2, padded, dtype=torch.int32)
-        bounds = lse.new_empty(len(mask.lo), 4, padded // M, dtype=torch.int32)
+        tma = launch.has_tma(q.device)
+        M, padded = queries_at_once(D, q.dtype, mask, tma), launch.ceil_div(T, 128) * 128
+        sums = lse2.new_empty(B, H, 2, padded)
+        seen = lse2.new_empty(len(mask.lo), 2, padded, dtype=torch.int32)
+        bounds = lse2.new_empty(len(mask.lo), 4, padded // M, dtype=torch.int32)
         T, heads, common = shared_arguments(q, k, v, bias, mask, ctx.scale)
-        tma = common["TMA"]
         strides = {"seen_b": own_stride(seen, 0), "bounds_b": own_stride(bounds, 0)}
         rows_kernel[(padded // M, B * H)](
-            describe(out, tma, M), describe(grad, tma, M), lse, grad_lse, sums, seen, bounds,
+            describe(out, tma, M), describe(grad, tma, M), lse2, grad_lse, sums, seen, bounds,
             common["Lo"], common["Hi"], common["lo_b"], **strides, H=H, T=T, S=S, padded=padded,
             D=common["D"], TMA=tma, M=M,
         )  # fmt: skip
@@ -592,14 +628,14 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, dbias, None, None
 
 
-def queries_at_once(D: int, dtype: torch.dtype, mask: Mask) -> int:
+def queries_at_once(D: int, dtype: torch.dtype, mask: Mask, tma: bool) -> int:
     """Rows of a tile of queries in the key kernel, as many as registers hold."""
-    rows = 16 if launch.INTERPRETED else 64 if dtype.itemsize == 2 and D <= 128 else 32
+    rows = 16 if launch.INTERPRETED or dtype.itemsize == 4 or D > 128 else 64 if tma else 32
     return rows if mask.layout is None else min(rows, mask.block)
 
 
 def launch_bias_kernel(common: dict, dbias: Tensor, mask: Mask, B: int) -> None:
-    drop = {"section", "T_CLASS", "S_CLASS"}
+    drop = {"section"}
     layout = None if mask.layout is None else mask.layout.contiguous()
     strides = {"layout_h": 0, "layout_t": 0}
     if layout is not None:
@@ -618,7 +654,7 @@ def launch_bias_kernel(common: dict, dbias: Tensor, mask: Mask, B: int) -> None:
 def shared_arguments(q, k, v, bias, mask, scale) -> tuple[int, int, dict]:
     """T, the number of heads of all samples, and what forward and backward kernels all get."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    tma = has_tma(q.device)
+    tma = launch.has_tma(q.device)
     own = max(1, L2_BYTES // (2 * S * D * q.element_size()))  # key-value heads in the cache
     at = None if mask.at is None else mask.at.contiguous()
     lo, hi = mask.lo.contiguous(), mask.hi.contiguous()
@@ -629,7 +665,7 @@ def shared_arguments(q, k, v, bias, mask, scale) -> tuple[int, int, dict]:
         "bias_h": own_stride(bias, 1), "bias_t": 0 if bias is None else bias.stride(2),
         "bias_s": 0 if bias is None else bias.stride(3), "H": H, "group": H // K, "T": T, "S": S,
         "section": min(B * H, own * H // K), "c": scale * LOG2E.value,
-        "T_CLASS": launch.power_of_2(T), "S_CLASS": launch.power_of_2(S), "TILE": mask.block,
+        "wide": int(q.dtype.itemsize == 4), "kind": kind(q, k, bias), "TILE": mask.block,
         "D": launch.power_of_2(D), "TMA": tma,
     }  # fmt: skip
 
@@ -652,6 +688,12 @@ def layout_arguments(layout: Tensor | None) -> dict:
     }  # fmt: skip
 
 
+def kind(q: Tensor, k: Tensor, bias: Tensor | None) -> int:
+    """A number for what the autotuner tells apart: about how long, how wide, with a bias or not."""
+    lengths = q.shape[2].bit_length() * 64 + k.shape[2].bit_length()
+    return (lengths * 8 + q.dtype.itemsize) * 4 + 2 * (bias is not None) + 1
+
+
 def own_stride(x: Tensor | None, axis: int) -> int:
     """The stride of an axis, or 0 where all share one entry or x is not there."""
     return 0 if x is None or x.shape[axis] == 1 else x.stride(axis)
@@ -663,11 +705,6 @@ def describe(x: Tensor, tma: bool, rows: int = 16) -> TensorDescriptor | tuple:
         return x, *x.stride()[:3], *x.shape[2:]
     block = [1, 1, rows, launch.power_of_2(x.shape[3])]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-
-
-def has_tma(device: torch.device) -> bool:
-    """Whether the hardware copies tiles by itself: Hopper and newer (the interpreter plays one)."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def addressable(x: Tensor) -> bool:

@@ -1,11 +1,11 @@
 """Compile every launch of every kernel for a GPU that is not there, and print what came out.
 
-Usage: python tests/compile_kernels.py 90 test_kernel_norm [test_kernel_... ...]
+Usage: python tests/compile_kernels.py 90 COMPILE test_kernel_norm [test_kernel_... ...]
 
-Each named test module has COMPILE, a table label → function that calls the public Triton functions
-on tensors of a realistic size. Here a launch is compiled instead of run, once for every autotune
-configuration, for the compute capability given (90: Hopper, 80: Ampere). One JSON line for each:
-label, kernel, configuration, registers, spilled bytes, shared bytes, whether wgmma is used.
+Each named test module has COMPILE (and perhaps COMPILE_MORE, which takes minutes), a table label →
+function that calls the public Triton functions on tensors of a realistic size. Here a launch is
+compiled instead of run, once for every autotune configuration, for the compute capability given
+(90: Hopper, 80: Ampere). One JSON line for each: label, kernel, configuration, registers, spilled bytes, shared bytes, whether wgmma is used.
 """
 
 import importlib
@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.autotuner import Autotuner  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
-from kernels import launch
+from kernels import launch  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -43,9 +43,10 @@ class AbsentGPU:
         return 0
 
 
-def main(capability: int, modules: list[str]) -> None:
+def main(capability: int, table: str, modules: list[str]) -> None:
     triton.runtime.driver.set_active(AbsentGPU(capability))
     launch.DEVICES = {"cpu", "cuda"}
+    launch.has_tma = lambda device: capability >= 90
     run = JITFunction.run
     label, seen = "", set()
 
@@ -67,12 +68,13 @@ def main(capability: int, modules: list[str]) -> None:
             try:
                 self.fn.run(*args, **settings)
             except Exception as error:
-                print(json.dumps({"label": label, "kernel": self.base_fn.__name__, "compiles": False,
-                                  "options": config.all_kwargs(), "error": str(error)[-400:]}))  # fmt: skip
+                failed = {"label": label, "kernel": self.base_fn.__name__, "compiles": False}
+                options = config.all_kwargs()
+                print(json.dumps({**failed, "options": options, "error": str(error)[-400:]}))
 
     JITFunction.run, Autotuner.run = compile_only, every_configuration
     for module in modules:
-        for label, call in importlib.import_module(module).COMPILE.items():  # noqa: B007
+        for label, call in getattr(importlib.import_module(module), table).items():  # noqa: B007
             call()
 
 
@@ -92,4 +94,4 @@ def facts(kernel) -> dict:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -15,19 +15,31 @@ import pytest
 from conftest import ROOT
 
 SHARED = {90: 232_448, 80: 166_912}  # bytes a program may have
-MODULES = sorted(
-    path.stem
-    for path in Path(__file__).parent.glob("test_kernel_*.py")
-    if "\nCOMPILE = " in path.read_text(encoding="utf-8")
-)
+
+
+def modules(table):
+    """The test modules that have such a table of calls."""
+    paths = sorted(Path(__file__).parent.glob("test_kernel_*.py"))
+    return [path.stem for path in paths if f"\n{table} = " in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", modules("COMPILE"))
 def test_compiles_without_spills(module, capability):
+    compiles(module, capability, "COMPILE")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("module", modules("COMPILE_MORE"))
+def test_every_kind_compiles_without_spills(module, capability):
+    compiles(module, capability, "COMPILE_MORE")
+
+
+def compiles(module, capability, table):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "compile_kernels.py", str(capability), module],
+        [sys.executable, ROOT / "tests" / "compile_kernels.py", str(capability), table, module],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
