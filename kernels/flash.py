@@ -339,9 +339,7 @@ def key_gradients(
         hi = tl.load(Seen + padded + row)[None, :]
     if slope is not None:
         at = tl.load(At + tl.minimum(row, T - 1)).to(tl.int32)[None, :]
-    p = weights(
-        s, c, lse, rest, row[None, :], col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED
-    )
+    p = weights(s, c, lse, row[None, :], col, lo, hi, slope, at, Bias, bias_t, bias_s, T, S, MASKED)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, do.T, input_precision=PRECISION)
     delta = tl.load(Sums + padded + row)
@@ -544,7 +542,7 @@ def bias_kernel(
                 lse, delta = tl.load(sums)[:, None], tl.load(sums + padded)
                 s = tl.dot(q, k.T, input_precision=PRECISION)
                 p = weights(
-                    s, c, lse, rest, row[:, None], col, lo[:, None], hi[:, None], slope, at,
+                    s, c, lse, row[:, None], col, lo[:, None], hi[:, None], slope, at,
                     bias, bias_t, bias_s, T, S, True,
                 )  # fmt: skip
                 if Layout is not None:

@@ -5,7 +5,8 @@ Usage: python tests/compile_kernels.py 90 COMPILE test_kernel_norm [test_kernel_
 Each named test module has COMPILE (and perhaps COMPILE_MORE, which takes minutes), a table label →
 function that calls the public Triton functions on tensors of a realistic size. Here a launch is
 compiled instead of run, once for every autotune configuration, for the compute capability given
-(90: Hopper, 80: Ampere). One JSON line for each: label, kernel, configuration, registers, spilled bytes, shared bytes, whether wgmma is used.
+(90: Hopper, 80: Ampere). One JSON line for each: label, kernel, configuration, registers, spilled
+bytes, shared bytes, whether wgmma is used.
 """
 
 import importlib

@@ -93,8 +93,8 @@ def test_one_key_has_all_the_weight():
 def test_large_scores(dtype):
     """Scores of ±80 neither overflow nor vanish.
 
-    In fp32 the value only: gradients then hang on the last bits of q·k, which the interpreter rounds
-    in another way for k qᵀ (backward) than for q kᵀ (forward).
+    In fp32 the value only: gradients then hang on the last bits of q·k, which the interpreter
+    rounds in another way for k qᵀ (backward) than for q kᵀ (forward).
     """
     inputs = normals(1, *[(1, 2, 40, 16)] * 3, dtype=dtype)
     if dtype == torch.float32:

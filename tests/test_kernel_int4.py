@@ -12,7 +12,12 @@ def launched(dtype, M=4096, N=8192, K=8192, group=128, bias=False):
     b = torch.zeros(N, dtype=dtype) if bias else None
     with torch.no_grad():
         int4_linear_triton(
-            x, packed, torch.zeros(N, G, dtype=dtype), torch.zeros(N, G, dtype=torch.uint8), b, group
+            x,
+            packed,
+            torch.zeros(N, G, dtype=dtype),
+            torch.zeros(N, G, dtype=torch.uint8),
+            b,
+            group,
         )
 
 
