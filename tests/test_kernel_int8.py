@@ -24,6 +24,7 @@ COMPILE = {
     "bf16, K not a multiple of 16": lambda: launched(torch.bfloat16, K=1000, k=8),
     "fp32": lambda: launched(torch.float32, k=8),
     "bf16, columns": lambda: quantize_columns_triton(torch.zeros(4096, 4096, dtype=torch.bfloat16)),
-    "fp32, longest row": lambda: quantize_rows_triton(torch.zeros(2, 65536)),
+    "bf16, longest row": lambda: quantize_rows_triton(torch.zeros(2, 65536, dtype=torch.bfloat16)),
+    "fp32, long row": lambda: quantize_rows_triton(torch.zeros(2, 32768)),
 }
 WGMMA = {"product_kernel"}

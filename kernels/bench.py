@@ -1,0 +1,367 @@
+"""Every kernel against what a user would pick instead, in one process, with its error beside it.
+
+On CUDA: our kernel and each peer take turns, so that clocks and neighbours disturb both alike; the
+L2 cache is emptied before each call. A row gives the median time, TFLOP/s or TB/s by the smallest
+work and traffic that the operation allows, its share of a ceiling measured in the same run (a large
+product of matrices, a large copy), and the median of the paired ratios with the band that holds the
+middle 60 %. Elsewhere: the same calls at a small size in Triton's interpreter, errors only.
+
+The error is ‖ours − truth‖/‖truth‖ at the small size, where truth is the obvious version in float64
+on the same rounded inputs; torch's own error in the same precision stands beside it.
+
+Run: python -m kernels.bench                  every kernel
+     python -m kernels.bench attention int8   only those whose name holds one of these words
+"""
+
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+CUDA = torch.cuda.is_available()
+if not CUDA:  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kernels import adamw, attention, cross_entropy, int4, int8  # noqa: E402
+from kernels.mask import Mask  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+LOW = torch.bfloat16 if CUDA else torch.float16  # the interpreter has no bf16 arithmetic
+ROUNDS = 15
+FIGURE = Path("runs/kernels.png")
+
+
+class Case(NamedTuple):
+    """One operation at one size; `truth` computes in float64 what `ours` and the peers compute."""
+
+    ours: Callable
+    peers: dict[str, Callable]
+    truth: Callable
+    work: float  # floating-point operations, or bytes that must be moved
+    unit: str  # TFLOP/s or TB/s
+
+
+def normal(*shape: int, dtype: torch.dtype = LOW, grad: bool = False) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad)
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+
+
+# --- the operations -------------------------------------------------------------------------------
+
+
+def interval(kind: str, T: int) -> Mask:
+    """Causal, full, a window of 1,024, documents of about 500 tokens, or causal with ALiBi."""
+    t = torch.arange(T, device=DEVICE)[None]
+    width = min(1024, T // 4)
+    document = t // max(1, T // 8 + 13) * max(1, T // 8 + 13)
+    lo = {"window": (t - width + 1).clamp(min=0), "document": document}.get(kind, 0 * t)
+    return Mask(lo, torch.full_like(t, T - 1) if kind == "full" else t)
+
+
+def attend(small: bool, D: int, kind: str, backward: bool = False) -> Case:
+    B, H, T = (1, 2, 80) if small else (4, 2048 // D, 4096)
+    q, k, v = (normal(B, T, H, D).transpose(1, 2).detach().requires_grad_() for _ in range(3))
+    mask = interval("causal" if kind == "alibi" else kind, T)
+    if kind == "alibi":
+        slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=DEVICE) / H)
+        mask = Mask(mask.lo, mask.hi, slopes=slopes, at=mask.hi)
+    scale, pairs = D**-0.5, int((mask.hi - mask.lo + 1).sum())
+    functions = {"ours": lambda *qkv: attention.attend_triton(*qkv, mask, scale)}
+    if kind in ("causal", "full"):
+        for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FA2", SDPBackend.FLASH_ATTENTION)):  # fmt: skip
+            functions[name] = sdpa(backend, kind == "causal")
+    else:
+        functions["Flex"] = flex(mask, T)
+    if not CUDA:
+        functions = {"ours": functions["ours"], "torch": obvious_attention(mask, scale)}
+    calls = {n: gradients(f, q, k, v) if backward else bound(f, q, k, v) for n, f in functions.items()}  # fmt: skip
+    true = obvious_attention(mask, scale)
+    precise = double(q, k, v)
+    truth = gradients(true, *precise) if small and backward else bound(true, *precise)
+    flops = 4 * B * H * pairs * D * (2.5 if backward else 1)
+    return Case(calls.pop("ours"), calls, truth, flops, "TFLOP/s")
+
+
+def obvious_attention(mask: Mask, scale: float) -> Callable:
+    return lambda q, k, v: attention.attend_obvious(q, k, v, mask, scale)
+
+
+def sdpa(backend: SDPBackend, causal: bool) -> Callable:
+    def call(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return call
+
+
+def flex(mask: Mask, T: int) -> Callable:
+    """FlexAttention with the same mask, compiled; the block mask is made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    lo, hi, slopes = mask.lo[0], mask.hi[0], mask.slopes
+    blocks = create_block_mask(
+        lambda b, h, t, s: (lo[t] <= s) & (s <= hi[t]), None, None, T, T, device=DEVICE
+    )
+    score = None if slopes is None else lambda x, b, h, t, s: x - slopes[h] * (t - s)
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=blocks, score_mod=score)
+
+
+def bound(function: Callable, *tensors: Tensor) -> Callable:
+    """A call without gradients."""
+    inputs = [x.detach() for x in tensors]
+    return lambda: function(*inputs)
+
+
+def gradients(function: Callable, *tensors: Tensor) -> Callable:
+    """A call of the backward pass alone: the gradients of Σ out²/2; the forward pass runs once."""
+    made = []
+
+    def call():
+        if not made:
+            made.append(function(*tensors))
+        return torch.autograd.grad(made[0], tensors, made[0].detach(), retain_graph=True)
+
+    return call
+
+
+def loss(small: bool) -> Case:
+    """Forward and backward of projection and loss together, as training needs them."""
+    N, C, V = (40, 32, 300) if small else (16384, 768, 50304)
+    h, W = normal(N, C, grad=True), normal(V, C, dtype=torch.float32, grad=True)
+    with torch.no_grad():
+        W *= C**-0.5
+    targets = torch.randint(V, (N,), device=DEVICE)
+
+    def step(function, h, W):
+        return lambda: torch.autograd.grad(function(h, W, targets), (h, W))
+
+    ours = step(cross_entropy.cross_entropy_triton, h, W)
+    peers = {"eager": step(cross_entropy.cross_entropy_obvious, h, W)}
+    truth = step(cross_entropy.cross_entropy_obvious, *double(h, W))
+    return Case(ours, peers, truth, 6 * N * C * V, "TFLOP/s")
+
+
+def update(small: bool) -> Case:
+    """AdamW on the shapes of GPT-2 124M: 28 bytes for each weight."""
+    C, L, V = (16, 1, 50) if small else (768, 12, 50304)
+    shapes = [(V, C), *[(C, C), (3 * C, C), (4 * C, C), (C, 4 * C), (C,), (C,)] * L]
+    p, g = ([normal(*s, dtype=torch.float32) for s in shapes] for _ in range(2))
+    m, v = ([torch.zeros_like(x) for x in p] for _ in range(2))
+    rest = (1, 1e-3, [0.1] * len(p), 0.9, 0.95, 1e-8)
+    table = adamw.Table()
+
+    def theirs() -> Callable:
+        params = [torch.nn.Parameter(x.clone()) for x in p]
+        for x, gradient in zip(params, g, strict=True):
+            x.grad = gradient
+        optimizer = torch.optim.AdamW(params, 1e-3, (0.9, 0.95), 1e-8, 0.1, fused=True)
+
+        def call():
+            optimizer.step()
+            return params
+
+        return call
+
+    precise = [[x.double() for x in xs] for xs in (p, g, m, v)]
+
+    def ours():
+        adamw.adamw_triton(p, g, m, v, *rest, table=table)
+        return p
+
+    def truth():
+        adamw.adamw_obvious(*precise, *rest)
+        return precise[0]
+
+    return Case(ours, {"fused": theirs()}, truth, 28 * sum(x.numel() for x in p), "TB/s")
+
+
+def product8(small: bool, outliers: bool) -> Case:
+    M, N, K = (33, 48, 64) if small else (4096, 8192, 8192)
+    x, w = normal(M, K), normal(N, K)
+    columns = torch.arange(0, K, 101, device=DEVICE) if outliers else None
+    if outliers:
+        x[:, columns] *= 20
+    q, s = int8.quantize_rows_obvious(w)
+    thin = w[:, columns].contiguous() if outliers else None
+    arguments = (q, s, None, columns, thin)
+    precise = (q, s.double(), None, columns, thin.double() if outliers else None)
+    ours = lambda: int8.int8_linear_triton(x, *arguments)  # noqa: E731
+    truth = lambda: int8.int8_linear_obvious(x.double(), *precise)  # noqa: E731
+    return Case(ours, {"bf16": lambda: x @ w.T}, truth, 2 * M * N * K, "TFLOP/s")
+
+
+def product4(small: bool, M: int) -> Case:
+    N, K = (48, 256) if small else (8192, 8192)
+    x, w = normal(M, K), normal(N, K)
+    packed = int4.quantize_int4_obvious(w)
+    ours = lambda: int4.int4_linear_triton(x, *packed)  # noqa: E731
+    truth = lambda: int4.int4_linear_obvious(x.double(), *packed)  # noqa: E731
+    return Case(ours, {"bf16": lambda: x @ w.T}, truth, N * K * (4 + 20 / 128) / 8, "TB/s")
+
+
+CASES: dict[str, Callable[[bool], Case]] = {
+    **{
+        f"attention {way} D {D} {kind}": lambda small, D=D, kind=kind, way=way: attend(
+            small, D, kind, way == "backward"
+        )
+        for way in ("forward", "backward")
+        for D in (64, 128)
+        for kind in ("full", "causal", *(("window", "document", "alibi") if D == 64 else ()))
+    },
+    "projection + cross-entropy": loss,
+    "AdamW, GPT-2 124M": update,
+    "int8 linear": lambda small: product8(small, False),
+    "int8 linear, 1 % outliers": lambda small: product8(small, True),
+    "int4 linear, 1 row": lambda small: product4(small, 1),
+    "int4 linear, 16 rows": lambda small: product4(small, 16),
+}
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def flat(result) -> Tensor:
+    """All numbers of a result in one row."""
+    parts = [result] if isinstance(result, Tensor) else list(result)
+    return torch.cat([x.detach().double().flatten() for x in parts])
+
+
+def error(got, true: Tensor) -> float:
+    return ((flat(got) - true).norm() / true.norm()).item()
+
+
+def time_once(call: Callable, flush: Tensor) -> float:
+    """Seconds on the GPU, with nothing of use in its L2 cache."""
+    flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def race(calls: dict[str, Callable]) -> dict[str, list[float]]:
+    """Seconds of each call, ROUNDS times, taking turns."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(ROUNDS + 3):
+        for name, call in calls.items():
+            seconds = time_once(call, flush)
+            if turn >= 3:  # the first turns compile, tune and warm up
+                times[name].append(seconds)
+    return times
+
+
+def memory(call: Callable) -> float:
+    """Bytes that a call needs beyond what is there."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU does here and now: a product of matrices, and a copy."""
+    a, b = (normal(8192, 8192) for _ in range(2))
+    x = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
+    times = race({"product": lambda: a @ b, "copy": x.clone})
+    return {"TFLOP/s": 2 * 8192**3 / min(times["product"]), "TB/s": 2 * 2**30 / min(times["copy"])}
+
+
+def band(ratios: list[float]) -> str:
+    """The median of paired ratios, and what holds the middle 60 % of them."""
+    ratios = sorted(ratios)
+    fifth = len(ratios) // 5
+    return f"{statistics.median(ratios):.2f} ({ratios[fifth]:.2f} … {ratios[-1 - fifth]:.2f})"
+
+
+def errors(make: Callable[[bool], Case]) -> tuple[float, float]:
+    """Our error and the first peer's, at the small size."""
+    case = make(True)
+    true = flat(case.truth())
+    peer = next(iter(case.peers.values()))
+    theirs = error(peer(), true)
+    return error(case.ours(), true), theirs
+
+
+def checks(names: list[str]) -> None:
+    """Without CUDA: every kernel in Triton's interpreter at a small size."""
+    print("This machine has no CUDA: the kernels run in Triton's interpreter at a small size, in "
+          f"{str(LOW).removeprefix('torch.')}; no times.\n")  # fmt: skip
+    print(f"{'kernel':36} {'our error':>10} {'torch':>10}")
+    for name in tqdm(names, leave=False, disable=None):
+        ours, theirs = errors(CASES[name])
+        tqdm.write(f"{name:36} {ours:10.1e} {theirs:10.1e}")
+
+
+def rows(names: list[str], limits: dict[str, float]) -> Iterator[tuple[str, float, str]]:
+    """Measure and print each kernel; (name, share of the ceiling, unit)."""
+    for name in tqdm(names, leave=False, disable=None):
+        ours, theirs = errors(CASES[name])
+        case = CASES[name](False)
+        times = race({"ours": case.ours, **case.peers})
+        seconds = statistics.median(times["ours"])
+        rate = case.work / seconds
+        line = (
+            f"{name:36} {1e6 * seconds:9.1f} µs {rate / 1e12:7.2f} {case.unit:7} "
+            f"{100 * rate / limits[case.unit]:4.0f} %  error {ours:.1e} (peer {theirs:.1e})"
+        )
+        for peer in case.peers:
+            line += f"  × {peer} {band([p / o for o, p in zip(times['ours'], times[peer], strict=True)])}"  # fmt: skip
+        if name.startswith("projection"):
+            line += f"  memory / eager {memory(case.ours) / memory(case.peers['eager']):.3f}"
+        tqdm.write(line)
+        yield name, rate / limits[case.unit], case.unit
+        del case
+        torch.cuda.empty_cache()
+
+
+def draw(shares: list[tuple[str, float, str]]) -> None:
+    """One bar per kernel: how much of the ceiling it reaches."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(shares) + 1), layout="constrained")
+    names = [f"{name} ({unit})" for name, _, unit in shares]
+    axes.barh(names, [share for _, share, _ in shares], color="C0")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the measured ceiling")
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, dpi=120)
+    print(f"\nfigure: {FIGURE}")
+
+
+def main(words: list[str]) -> None:
+    names = [n for n in CASES if not words or any(word in n for word in words)]
+    if not names:
+        sys.exit(f"no kernel's name holds {' or '.join(words)}; there are: {', '.join(CASES)}")
+    torch.manual_seed(0)
+    if not CUDA:
+        return checks(names)
+    import triton
+
+    limits = ceilings()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"product {limits['TFLOP/s'] / 1e12:.0f} TFLOP/s, copy {limits['TB/s'] / 1e12:.2f} TB/s\n"
+    )
+    draw(list(rows(names, limits)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
