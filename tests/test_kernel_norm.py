@@ -1,0 +1,126 @@
+"""RMSNorm and LayerNorm: fast versions equal the obvious ones, gradients included."""
+
+import pytest
+import torch
+from helpers import (  # fmt: skip
+    DEVICE,
+    LOW,
+    assert_as_good_as_torch,
+    assert_close,
+    normals,
+    results,
+    seeds,
+    strided,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import norm
+
+size = st.integers(1, 9)
+
+
+@given(seeds, size, size, size, st.floats(1e-8, 1), st.integers(0, 2))
+def test_torch_versions(seed, B, T, C, eps, layout):
+    x, branch, w, b = normals(seed, (B, T, C), (B, T, C), (C,), (C,))
+    x = strided(x, layout)
+    for fast, obvious, inputs in (
+        (norm.rmsnorm, norm.rmsnorm_obvious, (x, w)),
+        (norm.layernorm, norm.layernorm_obvious, (x, w, b)),
+        (norm.add_rmsnorm, norm.add_rmsnorm_obvious, (x, branch, w)),
+        (norm.add_layernorm, norm.add_layernorm_obvious, (x, branch, w, b)),
+    ):
+        pairs = zip(results(fast, inputs, eps), results(obvious, inputs, eps), strict=True)
+        for got, want in pairs:
+            assert_close(got, want, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rmsnorm_in_low_precision_is_as_good_as_the_obvious_one(dtype):
+    x, w = normals(0, (64, 96), (96,), dtype=dtype)
+    assert_as_good_as_torch(norm.rmsnorm, norm.rmsnorm_obvious, (x, w), 1e-5)
+
+
+@given(
+    seeds, st.integers(0, 5), st.integers(1, 9), st.integers(1, 70), st.floats(1e-8, 1),
+    st.sampled_from(LOW), st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_triton_is_as_good_as_torch(
+    seed, B, T, C, eps, dtype, layout, other, centre, add, bias, fp32_weight
+):
+    """Any rows, widths and strides; weights in fp32 beside a stream in 16 bits too."""
+    shapes = (B, T, C), (B, T, C), (C,), (C,)
+    x, branch, w, b = (x.to(DEVICE).detach().requires_grad_() for x in normals(seed, *shapes))
+    x, branch = (t.detach().to(dtype).requires_grad_() for t in (x, branch))
+    x, branch = strided(x, layout), strided(branch, other)
+    w, b = (t.detach().to(torch.float32 if fp32_weight else dtype).requires_grad_() for t in (w, b))
+    name = ("add_" if add else "") + ("layernorm" if centre else "rmsnorm")
+    inputs = [x, *([branch] if add else []), w, *([b if bias else None] if centre else [])]
+    functions = (getattr(norm, f"{name}_{kind}") for kind in ("triton", "obvious"))
+    assert_as_good_as_torch(*functions, inputs, eps)
+
+
+def test_only_the_sum_is_used():
+    x, branch, w = normals(0, (3, 5), (3, 5), (5,), dtype=torch.float32)
+    total, _ = norm.add_rmsnorm_triton(x, branch, w, 1e-5)
+    dx, dbranch = torch.autograd.grad(total.sum(), (x, branch))
+    assert (dx == 1).all() and (dbranch == 1).all()
+
+
+def test_two_runs_give_the_same_bits():
+    x, w, b = normals(0, (50, 33), (33,), (33,), dtype=torch.float16)
+    first, second = (results(norm.layernorm_triton, (x, w, b), 1e-5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("function", [norm.rmsnorm_triton])
+def test_rows_more_than_two_billion_numbers_apart(function):
+    far = torch.empty(2 * (1 << 30) + 64, dtype=torch.float16).as_strided((3, 64), (1 << 30, 1))
+    x, w = normals(0, (3, 64), (64,), dtype=torch.float16)
+    far.copy_(x.detach())
+    assert torch.equal(function(far, w, 1e-5), function(x, w, 1e-5))
+
+
+@pytest.mark.parametrize(
+    "words, x, branch, w",
+    [
+        ("at most 16384", torch.zeros(2, 20000), None, torch.zeros(20000)),
+        ("weight is", torch.zeros(2, 4), None, torch.zeros(5)),
+        ("branch", torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4)),
+        ("x is torch.float64", torch.zeros(2, 4).double(), None, torch.zeros(4)),
+    ],
+)
+def test_bad_input_gets_one_sentence(words, x, branch, w):
+    with pytest.raises(ValueError, match=words):
+        if branch is None:
+            norm.rmsnorm_triton(x, w, 1e-5)
+        else:
+            norm.add_rmsnorm_triton(x, branch, w, 1e-5)
+
+
+def launches(rows: int, C: int, dtype: torch.dtype, centre: bool):
+    """A call for the compiler: the fused addition and norm, forward and backward."""
+
+    def call():
+        x, branch = (torch.empty(rows, C, dtype=dtype, requires_grad=True) for _ in range(2))
+        w, b = (torch.empty(C, requires_grad=True) for _ in range(2))
+        if centre:
+            total, y = norm.add_layernorm_triton(x, branch, w, b, 1e-5)
+        else:
+            total, y = norm.add_rmsnorm_triton(x, branch, w, 1e-5)
+        torch.autograd.grad((total, y), (x, w), (torch.empty_like(x), torch.empty_like(x)))
+
+    return call
+
+
+SIZES = [
+    ("bf16", 64, False), ("bf16", 768, True), ("bf16", 4096, False), ("bf16", 8192, True),
+    ("fp32", 768, True),
+]  # fmt: skip
+COMPILE = {
+    f"{kind} {C} {'layernorm' if centre else 'rmsnorm'}": launches(
+        4096, C, torch.bfloat16 if kind == "bf16" else torch.float32, centre
+    )
+    for kind, C, centre in SIZES
+}
