@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Mask, attend
-from kernels.elementwise import rotate
+from kernels.elementwise import rotate_pair
 from kernels.norm import rmsnorm
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each (B K S D)
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = (rmsnorm(part, part.new_ones(self.head_dim), UNIT_EPS) for part in (q, k))
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotate_pair(q, k, *rotation)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # B H T D
         new = (k, v)
         if past is not None:

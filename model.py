@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import POSITIONS, Attention, KeyValue, Linear, Mask, Rotation, causal_mask
-from kernels.norm import rmsnorm
+from kernels.elementwise import gelu, gelu_tanh, swiglu
+from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from run import UserError, generator
 
 # --- settings -------------------------------------------------------------------------------------
@@ -118,6 +119,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rmsnorm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm."""
+        return add_rmsnorm(x, branch, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """(x − mean(x)) / √(var(x) + ε) · w + b  (Ba et al. 2016, eq. 4), statistics in fp32."""
@@ -129,11 +134,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - wide.mean(-1, keepdim=True)
-        y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        y = y.to(x.dtype) * self.weight.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return layernorm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm."""
+        return add_layernorm(x, branch, self.weight, self.bias, self.eps)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -147,9 +152,9 @@ class Activation(NamedTuple):
 
 
 ACTIVATIONS = {
-    "swiglu": Activation(lambda up, gate: F.silu(gate) * up, gated=True),
-    "gelu": Activation(F.gelu, gated=False),
-    "gelu_tanh": Activation(lambda up: F.gelu(up, approximate="tanh"), gated=False),
+    "swiglu": Activation(swiglu, gated=True),
+    "gelu": Activation(gelu, gated=False),
+    "gelu_tanh": Activation(gelu_tanh, gated=False),
 }
 
 
@@ -185,8 +190,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """x (B T C) to x (B T C), and this block's new keys and values."""
         look, new = self.attention(self.attention_norm(x), mask, rotation, past)
-        x = x + look
-        return x + self.ffn(self.ffn_norm(x)), new
+        x, h = self.ffn_norm.add(x, look)
+        return x + self.ffn(h), new
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from kernels import launch
 from kernels.launch import TensorDescriptor, tl, triton
 
 THRESHOLD = 6.0  # the paper's: magnitude from which a value makes its column an outlier
-MOST = 65536  # input features: 127² · K stays within 32 bits, and a row within a program's registers
+MOST = 65536  # input features: 127² · K stays within 32 bits, a row (nearly) within registers
 TINY = 2.0**-119  # a row without a larger magnitude counts as zero: 127 / magnitude stays finite
 
 
@@ -111,14 +111,17 @@ def verify(x, weight_q, weight_scale, bias, columns, weight_outlier) -> None:
             f"{tuple(weight_q.shape)} of {weight_q.dtype}; supported is int8 with the same K, "
             f"1 to {MOST}"
         )
-    k = -1 if columns is None else columns.numel()
-    wanted = {"weight_scale": (weight_scale, (N,)), "bias": (bias, (N,)),
-              "columns": (columns, (k,)), "weight_outlier": (weight_outlier, (N, k))}  # fmt: skip
+    if weight_outlier is not None and columns is None:
+        raise ValueError("int8_linear: weight_outlier needs columns, which say what it holds")
+    k = 0 if columns is None else columns.numel()
+    wanted = {"weight_q": (weight_q, (N, K)), "weight_scale": (weight_scale, (N,)),
+              "bias": (bias, (N,)), "columns": (columns, (k,)),
+              "weight_outlier": (weight_outlier, (N, k))}  # fmt: skip
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
             raise ValueError(
                 f"int8_linear: {name} is {tuple(tensor.shape)} on {tensor.device}; it must be "
-                f"{shape} on {x.device}" + (", with columns" if k < 0 and name[-1] == "r" else "")
+                f"{shape} on {x.device}"
             )
     if columns is not None and columns.dtype != torch.int64:
         raise ValueError(f"int8_linear: columns are {columns.dtype}; supported is torch.int64")
@@ -355,7 +358,7 @@ def product_kernel(
             )
             wo = tl.load(
                 Wo + col[:, None].to(tl.int64) * wo_row + o * wo_column,
-                (col[:, None] < N) & (o < k), other=0.0,
+                (col[:, None] < N) & (o <= k), other=0.0,
             )  # fmt: skip
             y = tl.dot(xo, wo.T, y, input_precision="ieee")
     Y += row[:, None].to(tl.int64) * N + col[None, :]
