@@ -238,6 +238,7 @@ class Bench:
     batch: int = 12  # rows of a step
     rounds: int = 9  # times that every arm is measured
     device: str = "auto"  # auto, cpu, cuda or mps
+    compile: bool = False  # torch.compile for the plain network
 
 
 def arms(config: Bench, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -256,6 +257,7 @@ def arms(config: Bench, device: torch.device) -> dict[str, Callable[[], None]]:
 
     def plain(dtype: torch.dtype) -> Callable[[], None]:
         model = PlainTransformer(Transformer(config.model)).to(device)
+        model = torch.compile(model) if config.compile else model
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
         def step() -> None:

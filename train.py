@@ -140,6 +140,7 @@ def introduce(run: Run, training: "Training") -> float:
     flops = training_flops(model, m.context)
     device = model.embedding.device
     peak = matmul_peak(device, training.dtype)
+    path = "in Triton" if device.type == "cuda" else "in torch, attention in blocks"
     run.log(
         f"{command(sys.argv[1:])}\n"
         f"run      {run.folder}, {timestamp()}"
@@ -156,7 +157,7 @@ def introduce(run: Run, training: "Training") -> float:
         f"cost     6 N + 12 L C T = {flops / 1e6:.1f} MFLOP per token, "
         f"{flops * tokens * config.steps:.2e} FLOP in all\n"
         f"machine  {machine(device)}; {config.dtype}; "
-        f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; attention in blocks, by torch\n"
+        f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; kernels {path}\n"
         + (f"resumed  after step {training.step}\n" if training.step else "")
     )
     return peak

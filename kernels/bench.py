@@ -30,7 +30,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kernels import adamw, attention, cross_entropy, int4, int8  # noqa: E402
+from kernels import adamw, attention, cross_entropy, elementwise, int4, int8, norm  # noqa: E402
 from kernels.mask import Mask  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -79,16 +79,15 @@ def attend(small: bool, D: int, kind: str, backward: bool = False) -> Case:
     scale, pairs = D**-0.5, int((mask.hi - mask.lo + 1).sum())
     functions = {"ours": lambda *qkv: attention.attend_triton(*qkv, mask, scale)}
     if kind in ("causal", "full"):
-        for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FA2", SDPBackend.FLASH_ATTENTION)):  # fmt: skip
-            functions[name] = sdpa(backend, kind == "causal")
+        functions["cuDNN"] = sdpa(SDPBackend.CUDNN_ATTENTION, kind == "causal")
+        functions["FA2"] = sdpa(SDPBackend.FLASH_ATTENTION, kind == "causal")
     else:
         functions["Flex"] = flex(mask, T)
     if not CUDA:
         functions = {"ours": functions["ours"], "torch": obvious_attention(mask, scale)}
-    calls = {n: gradients(f, q, k, v) if backward else bound(f, q, k, v) for n, f in functions.items()}  # fmt: skip
-    true = obvious_attention(mask, scale)
-    precise = double(q, k, v)
-    truth = gradients(true, *precise) if small and backward else bound(true, *precise)
+    wrap = gradients if backward else bound
+    calls = {name: wrap(f, q, k, v) for name, f in functions.items()}
+    truth = wrap(obvious_attention(mask, scale), *double(q, k, v))
     flops = 4 * B * H * pairs * D * (2.5 if backward else 1)
     return Case(calls.pop("ours"), calls, truth, flops, "TFLOP/s")
 
@@ -134,6 +133,53 @@ def gradients(function: Callable, *tensors: Tensor) -> Callable:
         return torch.autograd.grad(made[0], tensors, made[0].detach(), retain_graph=True)
 
     return call
+
+
+def table(small: bool, *names: str, dtype: torch.dtype = LOW) -> list[Tensor]:
+    """Tables of 16,384 rows of 4,096 numbers, each with a gradient."""
+    shape = (20, 48) if small else (16384, 4096)
+    return [normal(*shape, dtype=dtype, grad=True) for _ in names]
+
+
+def streamed(ours: Callable, obvious: Callable, inputs: list, backward: bool, times: int) -> Case:
+    """A function that moves `times` tables of its first input's size, against torch.compile."""
+    wrap = gradients if backward else bound
+    peers = {"compile": torch.compile(obvious) if CUDA else obvious}
+    calls = {name: wrap(f, *inputs) for name, f in peers.items()}
+    moved = times * inputs[0].numel() * inputs[0].element_size()
+    return Case(wrap(ours, *inputs), calls, wrap(obvious, *double(*inputs)), moved, "TB/s")
+
+
+def normalize(small: bool, kind: str, backward: bool) -> Case:
+    (x,) = table(small, "x")
+    weights = [normal(x.shape[1], dtype=LOW, grad=True) for _ in range(1 + (kind == "layernorm"))]
+    ours, obvious = (getattr(norm, f"{kind}_{version}") for version in ("triton", "obvious"))
+    case = streamed(
+        lambda *a: ours(*a, 1e-5), lambda *a: obvious(*a, 1e-5), [x, *weights], backward,
+        3 if backward else 2,
+    )  # fmt: skip
+    fused = F.rms_norm if kind == "rmsnorm" else F.layer_norm
+    theirs = (gradients if backward else bound)(
+        lambda x, *w: fused(x, x.shape[1:], *w, eps=1e-5), x, *weights
+    )
+    return case._replace(peers={"torch": theirs, **case.peers})
+
+
+def gated(small: bool, backward: bool) -> Case:
+    inputs = table(small, "up", "gate")
+    functions = elementwise.swiglu_triton, elementwise.swiglu_obvious
+    return streamed(*functions, inputs, backward, 5 if backward else 3)
+
+
+def rotation(small: bool) -> Case:
+    B, T, H, K, D = (1, 9, 2, 1, 16) if small else (8, 4096, 32, 8, 128)
+    q, k = normal(B, T, H, D), normal(B, T, K, D)
+    angles = torch.rand(1, T, D // 2, device=DEVICE)
+    functions = (
+        lambda q, k, f=f: f(q, k, angles.cos(), angles.sin())
+        for f in (elementwise.rotate_pair_triton, elementwise.rotate_pair_obvious)
+    )
+    return streamed(*functions, [q, k], False, 2 * (H + K) / H)
 
 
 def loss(small: bool) -> Case:
@@ -220,6 +266,14 @@ CASES: dict[str, Callable[[bool], Case]] = {
         for D in (64, 128)
         for kind in ("full", "causal", *(("window", "document", "alibi") if D == 64 else ()))
     },
+    **{
+        f"{kind} {way}": lambda small, kind=kind, way=way: normalize(small, kind, way == "backward")
+        for kind in ("rmsnorm", "layernorm")
+        for way in ("forward", "backward")
+    },
+    "SwiGLU forward": lambda small: gated(small, False),
+    "SwiGLU backward": lambda small: gated(small, True),
+    "RoPE of queries and keys": rotation,
     "projection + cross-entropy": loss,
     "AdamW, GPT-2 124M": update,
     "int8 linear": lambda small: product8(small, False),
@@ -303,7 +357,7 @@ def checks(names: list[str]) -> None:
     """Without CUDA: every kernel in Triton's interpreter at a small size."""
     print("This machine has no CUDA: the kernels run in Triton's interpreter at a small size, in "
           f"{str(LOW).removeprefix('torch.')}; no times.\n")  # fmt: skip
-    print(f"{'kernel':36} {'our error':>10} {'torch':>10}")
+    print(f"{'kernel':36} {'our error':>10} {'peer':>10}")
     for name in tqdm(names, leave=False, disable=None):
         ours, theirs = errors(CASES[name])
         tqdm.write(f"{name:36} {ours:10.1e} {theirs:10.1e}")
@@ -312,17 +366,19 @@ def checks(names: list[str]) -> None:
 def rows(names: list[str], limits: dict[str, float]) -> Iterator[tuple[str, float, str]]:
     """Measure and print each kernel; (name, share of the ceiling, unit)."""
     for name in tqdm(names, leave=False, disable=None):
-        ours, theirs = errors(CASES[name])
+        error_ours, error_peer = errors(CASES[name])
         case = CASES[name](False)
         times = race({"ours": case.ours, **case.peers})
         seconds = statistics.median(times["ours"])
         rate = case.work / seconds
         line = (
             f"{name:36} {1e6 * seconds:9.1f} µs {rate / 1e12:7.2f} {case.unit:7} "
-            f"{100 * rate / limits[case.unit]:4.0f} %  error {ours:.1e} (peer {theirs:.1e})"
+            f"{100 * rate / limits[case.unit]:4.0f} %  "
+            f"error {error_ours:.1e} (peer {error_peer:.1e})"
         )
         for peer in case.peers:
-            line += f"  × {peer} {band([p / o for o, p in zip(times['ours'], times[peer], strict=True)])}"  # fmt: skip
+            pairs = zip(times["ours"], times[peer], strict=True)
+            line += f"  × {peer} {band([theirs / ours for ours, theirs in pairs])}"
         if name.startswith("projection"):
             line += f"  memory / eager {memory(case.ours) / memory(case.peers['eager']):.3f}"
         tqdm.write(line)

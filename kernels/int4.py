@@ -32,19 +32,22 @@ GROUP = 128  # input features that share a scale, unless asked otherwise
 def pack_int4(codes: Tensor) -> Tensor:
     """Codes 0 … 15 (N K) → int32 words (N W), W = 16 ⌈K / 128⌉; codes beyond K are 0."""
     N, K = codes.shape
-    codes = F.pad(codes, (0, -K % BLOCK)).view(N, -1, 4, 16, 2).to(torch.int64)  # N b j i half
+    blocks = launch.ceil_div(K, BLOCK)
+    codes = F.pad(codes, (0, -K % BLOCK)).view(N, blocks, 4, 16, 2).to(torch.int64)
     return (codes << places(codes.device)).sum((2, 4)).to(torch.int32).flatten(1)
 
 
 def unpack_int4(packed: Tensor, K: int) -> Tensor:
     """The inverse: the first K codes of each row, uint8 (N K)."""
-    words = packed.to(torch.int64).unflatten(1, (-1, 1, 16, 1))
+    words = packed.to(torch.int64).unflatten(1, (packed.shape[1] // 16, 1, 16, 1))
     return (words >> places(packed.device) & 15).to(torch.uint8).flatten(1)[:, :K]
 
 
 def places(device: torch.device) -> Tensor:
     """The bit at which a code begins: 4 j + 16 half, (j 1 half)."""
-    return (4 * torch.arange(4, device=device))[:, None, None] + torch.tensor([0, 16], device=device)
+    return (4 * torch.arange(4, device=device))[:, None, None] + torch.tensor(
+        [0, 16], device=device
+    )
 
 
 def quantize_int4_obvious(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +59,7 @@ def quantize_int4_obvious(weight: Tensor, group: int = GROUP) -> tuple[Tensor, T
     N, K = weight.shape
     limits = torch.finfo(weight.dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    w = F.pad(weight.to(wide), (0, -K % group)).view(N, -1, group)
+    w = F.pad(weight.to(wide), (0, -K % group)).view(N, launch.ceil_div(K, group), group)
     low, high = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
     # A scale that was rounded down would not reach the ends of its group.
     scales = ((high - low) / 15 * (1 + limits.eps)).clamp(min=limits.tiny).to(weight.dtype)
@@ -102,8 +105,12 @@ def verify(x, packed, scales, zeros, bias, group) -> None:
         )
     K, N = x.shape[-1] if x.dim() else 0, len(packed)
     words, groups = (N, launch.ceil_div(K, BLOCK) * 16), (N, launch.ceil_div(K, group))
-    wanted = {"packed": (packed, words, (torch.int32,)), "scales": (scales, groups, (x.dtype,)),
-              "zeros": (zeros, groups, (torch.uint8,)), "bias": (bias, (N,), launch.FLOATS)}  # fmt: skip
+    wanted = {
+        "packed": (packed, words, (torch.int32,)),
+        "scales": (scales, groups, (x.dtype,)),
+        "zeros": (zeros, groups, (torch.uint8,)),
+        "bias": (bias, (N,), launch.FLOATS),
+    }
     for name, (tensor, shape, dtypes) in wanted.items():
         if tensor is None:
             continue
@@ -204,12 +211,12 @@ def weights(words, scale, zero, j: tl.constexpr, DTYPE: tl.constexpr):
     are both halves of a word at once. 2^p + z is subtracted exactly, and the product rounds once.
     """
     both = (words >> 4 * j) & 0x000F000F
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         lower, upper = (both & 15).to(DTYPE), (both >> 16).to(DTYPE)
         shift: tl.constexpr = 0.0
     else:
-        shift: tl.constexpr = 128.0 if DTYPE == tl.bfloat16 else 1024.0
-        both |= 0x43004300 if DTYPE == tl.bfloat16 else 0x64006400  # 2⁷ or 2¹⁰ twice
+        shift: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
+        both |= 0x43004300 if tl.bfloat16 == DTYPE else 0x64006400  # 2⁷ or 2¹⁰ twice
         lower = (both & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         upper = (both >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     codes = tl.join(lower, upper).reshape(words.shape[0], 32)
@@ -290,8 +297,9 @@ def sum_kernel(Parts, Bias, Y, parts, N, total, BLOCK: tl.constexpr):
     """The parts of Y, always added in the same order, and the bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts):
-        y += tl.load(Parts + part * total + at, at < total, other=0.0)
+    for _ in range(parts):
+        y += tl.load(Parts + at, at < total, other=0.0)
+        Parts += total
     if Bias is not None:
         y += tl.load(Bias + at % N, at < total, other=0.0).to(tl.float32)
     tl.store(Y + at, y.to(Y.dtype.element_ty), at < total)
@@ -311,7 +319,7 @@ def int4_linear_triton(
     (M, K), N = rows.shape, len(packed)
     y = x.new_empty(M, N)
     if not y.numel():
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], N)
     packed, scales, zeros = packed.contiguous(), scales.contiguous(), zeros.contiguous()
     bias = None if bias is None else bias.contiguous()
     blocks = launch.ceil_div(K, BLOCK)
@@ -336,11 +344,11 @@ def int4_linear_triton(
         )  # fmt: skip
     if parts > 1:
         sum_kernel[(launch.ceil_div(M * N, 256),)](out, bias, y, parts, N, M * N, BLOCK=256)
-    return y.unflatten(0, x.shape[:-1])
+    return y.view(*x.shape[:-1], N)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (M K) itself if its rows start at multiples of 16 bytes, else a copy with zeros behind K."""
+    """x (M K) itself if its rows start at multiples of 16 bytes, else a copy with zeros added."""
     step = 16 // x.element_size()
     if x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0:
         return x

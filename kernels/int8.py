@@ -241,7 +241,7 @@ def matrix(function: str, x: Tensor) -> Tensor:
 
 
 def quantized(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers (M K), whose rows start at multiples of 16 bytes, scales (M), outliers (M padded k)."""
+    """Integers (M K), rows starting at multiples of 16 bytes; scales (M); outliers (M padded)."""
     M, K = x.shape
     k = 0 if columns is None else len(columns)
     padded = launch.ceil_div(k, 16) * 16
@@ -307,8 +307,8 @@ def configurations(*entries: tuple) -> list:
 
 # Few rows: time is the bytes of W, of which many must be under way: narrow tiles, so that there are
 # as many programs as multiprocessors, and several stages of them. Many rows: the largest tiles that
-# registers hold, and rows of 128 bytes or more. Triton waits for the matrix unit after each block of
-# K, if the sums are integers: long blocks, or two programs side by side, make that rare.
+# registers hold, and rows of 128 bytes or more. Integer sums make Triton wait for the matrix unit
+# after each block of K: long blocks, or two programs side by side, make that rare.
 FEW = configurations((16, 16, 512, 4, 4), (16, 32, 256, 4, 4), (16, 64, 256, 4, 3))
 SOME = configurations((64, 32, 256, 4, 4), (64, 64, 128, 4, 4), (64, 128, 128, 4, 3))
 MANY = configurations(
@@ -353,12 +353,10 @@ def product_kernel(
     if Xo is not None:
         for first in range(0, padded, 16):
             o = first + tl.arange(0, 16)[None, :]
-            xo = tl.load(
-                Xo + row[:, None].to(tl.int64) * padded + o, row[:, None] < M, other=0.0
-            )
+            xo = tl.load(Xo + row[:, None].to(tl.int64) * padded + o, row[:, None] < M, other=0.0)
             wo = tl.load(
                 Wo + col[:, None].to(tl.int64) * wo_row + o * wo_column,
-                (col[:, None] < N) & (o <= k), other=0.0,
+                (col[:, None] < N) & (o < k), other=0.0,
             )  # fmt: skip
             y = tl.dot(xo, wo.T, y, input_precision="ieee")
     Y += row[:, None].to(tl.int64) * N + col[None, :]

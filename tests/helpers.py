@@ -48,7 +48,8 @@ def results(function, inputs, *rest, **options) -> list[torch.Tensor]:
     kept = [out for out in outs if out.requires_grad]
     if not wanted:
         return [out.detach() for out in outs]
-    weights = [w.detach().to(out) for w, out in zip(normals(7, *(o.shape for o in kept)), kept)]
+    drawn = normals(7, *(out.shape for out in kept))
+    weights = [w.detach().to(out) for w, out in zip(drawn, kept, strict=True)]
     grads = torch.autograd.grad(kept, wanted, weights)
     return [out.detach() for out in outs] + list(grads)
 
@@ -58,8 +59,8 @@ def assert_as_good_as_torch(fast, obvious, inputs, *rest, **options) -> None:
 
     The truth is `obvious` in float64 on the same rounded inputs. Added are one rounding of the
     largest element, and 1e-6 for fp32 sums in another order, because in a few numbers torch may be
-    right by luck. Memory that `fast` gets
-    for its results holds NaN before it writes: what it forgets to write is found.
+    right by luck. Memory that `fast` gets for its results holds NaN before it writes: what it
+    forgets to write is found.
     """
     precise = [widened(x) for x in inputs]
     true = results(obvious, precise, *(widened(x) for x in rest), **options)
@@ -103,7 +104,7 @@ def poisoned():
 
 
 def strided(x: torch.Tensor, how: int) -> torch.Tensor:
-    """The same numbers in another layout: 0 as it is, 1 last two axes swapped, 2 every other one."""
+    """The same numbers in another layout: 0 as it is, 1 last axes swapped, 2 every other one."""
     if how == 1 and x.dim() > 1:
         y = x.detach().transpose(-2, -1).contiguous().transpose(-2, -1)
     elif how == 2:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import kernels.attention as blocked
 from attention import Attention, Rope, causal_mask, document_mask
 from kernels.attention import Mask, attend, attend_obvious
-from kernels.mask import visible
 from kernels.elementwise import rotate
+from kernels.mask import visible
 from model import ModelConfig
 
 size = st.integers(1, 9)

@@ -98,8 +98,9 @@ def workplace(tmp_path_factory):
 def tried(command, folder):
     """The exit status of a command in a folder, at a tiny size; what it wrote is shown."""
     words = shlex.split(command)
-    if words[1] == "-m":  # a test file named by its module: collecting it is enough here
-        words = [sys.executable, *words[1:], "--collect-only", "-q"]
+    if words[1] == "-m":  # tests are only collected here
+        collect = ["--collect-only", "-q"] if words[2] == "pytest" else []
+        words = [sys.executable, *words[1:], *collect]
         folder = ROOT
     else:
         small = TINY[words[1]].split()
