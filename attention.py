@@ -20,20 +20,40 @@ Letters: B batch · T positions that look · S positions looked at · C model wi
 K key-value heads · D head width · P positions already in the cache.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Mask, attend
+from kernels.decode import decode
 from kernels.elementwise import rotate_pair
 from kernels.norm import rmsnorm
 
-KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each (B K S D)
 Rotation = tuple[Tensor, Tensor]  # cosine and sine of RoPE's angles, each (B T D/2)
 
 UNIT_EPS = 1e-6  # in the norm of queries and keys
 
-ATTENTIONS = {"full": attend}
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, each (B K S D)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> "KeyValue":
+        """These, then k and v: what the tokens of k and v look at, if these are their past."""
+        return KeyValue(torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2))
+
+
+def full(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Attention to all keys of the mask; a single query has its own kernel."""
+    single = q.shape[2] == 1 and mask.layout is None and not torch.is_grad_enabled()
+    return (decode if single else attend)(q, k, v, mask, scale)
+
+
+ATTENTIONS = {"full": full}
 
 
 class Linear(nn.Module):
@@ -87,10 +107,13 @@ class Learned(NoPosition):
         self.table = nn.Parameter(torch.empty(context, dim))
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        if positions.numel() and int(positions.max()) >= len(self.table):
+        last = positions.shape[1] - 1  # or more, but to ask a GPU would mean to wait for it
+        if not positions.is_cuda and positions.numel():
+            last = int(positions.max())
+        if last >= len(self.table):
             raise ValueError(
-                f"position {int(positions.max())} lies beyond the {len(self.table)} learned "
-                "positions: shorten the text, or train with a larger --model.context"
+                f"position {last} lies beyond the {len(self.table)} learned positions: "
+                "shorten the text, or train with a larger --model.context"
             )
         return x + self.table[positions].to(x.dtype)
 
@@ -143,7 +166,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Mask, rotation: Rotation | None = None, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
-        """x (B T C) looks at the past and itself; the result (B T C), and its own new k, v."""
+        """x (B T C) looks at the past and itself; the result (B T C), and its own new k, v.
+
+        The past is a `KeyValue`, or whatever else takes k and v by `append` and gives all of them.
+        """
         q, k, v = (
             linear(x).unflatten(-1, (-1, self.head_dim))  # B T H D
             for linear in (self.query, self.key, self.value)
@@ -153,8 +179,8 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate_pair(q, k, *rotation)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # B H T D
-        new = (k, v)
+        new = KeyValue(k, v)
         if past is not None:
-            k, v = (torch.cat((old, part), 2) for old, part in zip(past, new, strict=True))
+            k, v = past.append(k, v)
         out = self.attend(q, k, v, mask, self.head_dim**-0.5)
         return self.output(out.transpose(1, 2).flatten(2)), new

@@ -8,6 +8,7 @@ by a temperature and cut to the top k or to the smallest set that holds the shar
 Run: python generate.py                              three samples from the newest run
      python generate.py --prompt "Return the" --samples 2 --temperature 0.7
      python generate.py --prompt "Return the" --greedy
+     python generate.py --bench gpt2 --samples 1       how fast this machine writes
 
 Papers: Fan et al. 2018, top-k (arXiv 1805.04833); Holtzman et al. 2020, top-p (arXiv 1904.09751);
 Pope et al. 2023, the cache (arXiv 2211.05102).
@@ -17,9 +18,12 @@ Letters: B samples at once · T new tokens · S tokens in the cache · V vocabul
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -27,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention import KeyValue, Mask
-from model import ModelConfig, Transformer
+from model import NORMS, PRESETS, ModelConfig, Transformer, count_parameters
 from run import RUNS, Run, UserError, generator, load_tensors, main
-from step import pick_device
+from step import pick_device, pick_dtype
 from tokenizer import BPE
 
 
@@ -89,37 +93,129 @@ def draw(probability: Tensor, u: Tensor) -> Tensor:
 # --- the cache ------------------------------------------------------------------------------------
 
 
+class Slot(NamedTuple):
+    """One layer's room in the cache, where T more tokens come to stand."""
+
+    keys: Tensor  # B K capacity D
+    values: Tensor
+    place: Tensor  # T
+    shown: int
+
+    def append(self, k: Tensor, v: Tensor) -> KeyValue:
+        """Write k and v (B K T D); what layers look at: these and all before them."""
+        for room, new in ((self.keys, k), (self.values, v)):
+            room.index_copy_(2, self.place, new)
+        return KeyValue(self.keys[:, :, : self.shown], self.values[:, :, : self.shown])
+
+
 class Cache:
-    """Room for the keys and values of `capacity` tokens: layers read them, only this one writes."""
+    """Room for the keys and values of `capacity` tokens.
+
+    On a GPU layers always see all of it, and the mask hides what is not yet written (which costs
+    nothing: the kernels skip it). No shape then depends on how long the text already is, and the
+    step for one token can be recorded.
+    """
 
     def __init__(self, model: Transformer, B: int, capacity: int):
-        self.capacity, self.length = capacity, 0
         config, like = model.config, model.embedding
         shape = (config.layers, 2, B, config.kv_heads_or_heads, capacity, config.head_dim)
-        self.buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.whole = like.is_cuda
 
-    def past(self) -> list[KeyValue]:
-        return [(k, v) for k, v in self.buffer[..., : self.length, :]]
-
-    def append(self, new: list[KeyValue]) -> None:
-        T = new[0][0].shape[2]
-        for layer, (k, v) in zip(self.buffer, new, strict=True):
-            layer[0, :, :, self.length : self.length + T] = k
-            layer[1, :, :, self.length : self.length + T] = v
-        self.length += T
+    def past(self, place: Tensor) -> list[Slot]:
+        """For each layer the past of tokens that come to stand at place (T), in order."""
+        shown = self.buffer.shape[-2] if self.whole else int(place[-1]) + 1
+        return [Slot(k, v, place, shown) for k, v in self.buffer]
 
 
-def next_logits(model: Transformer, cache: Cache, ids: Tensor, pads: Tensor) -> Tensor:
-    """Logits (B V) after ids (B T), which go into the cache. pads (B): rows are filled on the left.
+@torch.no_grad()
+def next_logits(
+    model: Transformer, cache: Cache, ids: Tensor, place: Tensor, pads: Tensor
+) -> Tensor:
+    """Logits (B V) after ids (B T), which come to stand at place (T) in the cache.
 
-    A row with n pads has its first real token at position 0 and never sees the pads.
+    Rows are filled on the left: one with n pads, pads (B), has its first real token at position 0
+    and never sees the pads.
     """
-    place = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)[None]
+    place = place[None]
     mask = Mask(pads[:, None].expand(-1, ids.shape[1]), place.expand(len(ids), -1))
     positions = (place - pads[:, None]).clamp(min=0)
-    hidden, new = model.extend(ids, cache.past(), positions, mask)
-    cache.append(new)
+    hidden, _ = model.extend(ids, cache.past(place[0]), positions, mask)
     return model.logits(hidden[:, -1])
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same step as a CUDA graph: Python and the launches of its kernels are paid for once.
+
+    All that it reads and writes stays where it is in memory, its result too.
+    """
+    step()  # compiles and tunes the kernels, which cannot be done while recording
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def choose(logits: Tensor, how: Sampling, u: Tensor) -> Tensor:
+    """One token for each row of logits (B V) by u (B); in float64, which not every device has."""
+    logits = logits if logits.is_cuda else logits.cpu()
+    return draw(distribution(logits, how), u.to(logits.device))
+
+
+def tokens_on_device(
+    model: Transformer, prompts: list[list[int]], tokens: int, how: Sampling, seed: int
+) -> Iterator[Tensor]:
+    """The next token of each prompt (B), `tokens` times: nothing here waits for a GPU."""
+    longest, device = max(map(len, prompts)), model.embedding.device
+    pads = torch.tensor([longest - len(p) for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    place = torch.arange(longest, device=device)
+    streams = [generator(seed, "sample", i) for i in range(len(prompts))]
+    drawn = [torch.rand(tokens, dtype=torch.float64, generator=s) for s in streams]
+    u = torch.stack(drawn, 1).to("cuda" if ids.is_cuda else "cpu")  # T B
+    cache = Cache(model, len(prompts), longest + tokens - 1)
+
+    def step() -> Tensor:
+        return next_logits(model, cache, ids, place, pads)
+
+    logits = step()
+    ids, place = ids[:, -1:].clone(), place[-1:].clone()
+    for i in range(tokens):
+        token = choose(logits, how, u[i])
+        yield token
+        if i == tokens - 1:
+            return
+        ids.copy_(token[:, None])
+        place += 1
+        if i == 0 and ids.is_cuda:
+            step = recorded(step)
+        logits = step()
+
+
+def read(tokens: Iterator[Tensor]) -> Iterator[list[int]]:
+    """The tokens as numbers; a GPU is already at work on the next ones while these are read."""
+    last = None
+    for token in tokens:
+        if not token.is_cuda:
+            yield token.tolist()
+            continue
+        token, copied = token.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+        if last:
+            last[1].synchronize()
+            yield last[0].tolist()
+        last = token, copied
+    if last:
+        last[1].synchronize()
+        yield last[0].tolist()
 
 
 @torch.no_grad()
@@ -144,17 +240,9 @@ def generate(
         raise UserError(
             f"the prompt has {longest} tokens, more than the model's context of {room}: shorten it"
         )
-    device = model.embedding.device
-    pads = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    cache = Cache(model, len(prompts), min(room, longest + tokens))
-    streams = [generator(seed, "sample", i) for i in range(len(prompts))]
+    tokens = min(tokens, room - longest + 1)
     done = [False] * len(prompts)
-    for _ in range(min(tokens, room - longest + 1)):
-        logits = next_logits(model, cache, ids, pads)
-        u = torch.stack([torch.rand((), dtype=torch.float64, generator=s) for s in streams])
-        ids = draw(distribution(logits, how).cpu(), u)[:, None].to(device)
-        chosen = ids[:, 0].tolist()
+    for chosen in read(tokens_on_device(model, prompts, tokens, how, seed)):
         yield [None if ended else t for ended, t in zip(done, chosen, strict=True)]
         done = [ended or t in stop for ended, t in zip(done, chosen, strict=True)]
         if all(done):
@@ -208,6 +296,14 @@ def load(run: Run, device: torch.device) -> tuple[Transformer, BPE]:
     return model.to(device).eval(), tokenizer
 
 
+def cast(model: Transformer, dtype: torch.dtype) -> None:
+    """Matrices and biases in dtype, once instead of for every token; norms stay in fp32."""
+    for module in model.modules():
+        if not isinstance(module, tuple(NORMS.values())):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(dtype)
+
+
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -224,6 +320,8 @@ class Generate(Sampling):
     stop: tuple[str, ...] = ()  # further texts, each one token, that end a sample
     seed: int = 0  # of the choices
     device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # what the model computes in
+    bench: Literal["", "tiny", "gpt2"] = ""  # time a model of this shape, with random weights
 
     def __post_init__(self):
         super().__post_init__()
@@ -262,14 +360,47 @@ def write(model: Transformer, tokenizer: BPE, config: Generate) -> None:
         print(f"--- {number} ---\n{config.prompt}{tokenizer.decode(ids)}\n")
 
 
+ROUNDS, PROMPT = 5, 32
+
+
+def bench(config: Generate, device: torch.device, dtype: torch.dtype) -> None:
+    """Print how long the prompt takes, and how many tokens a second follow; medians of rounds."""
+    shape = PRESETS[config.bench]
+    model = Transformer(replace(shape, vocab_size=shape.vocab_size or 4096)).to(device)
+    cast(model, dtype)
+    prompts = [[0] * PROMPT] * config.samples
+    if config.tokens < 3:
+        raise UserError("--bench needs --tokens 3 or more")
+    prompt, rest = [], []
+    for turn in tqdm(range(ROUNDS + 1), "measuring", leave=False, disable=None):
+        times = [time.perf_counter()]
+        for _ in generate(model, prompts, config.tokens, config, set(), config.seed):
+            times.append(time.perf_counter())
+        if turn:  # the first round compiles and tunes
+            prompt.append(times[1] - times[0])
+            rest.append((times[-1] - times[2]) / (len(times) - 3))  # the second records the step
+    each = median(rest)
+    print(
+        f"{config.bench}, {count_parameters(model) / 1e6:.1f} M parameters, "
+        f"{str(dtype).removeprefix('torch.')} on {device}, {config.samples} at once: "
+        f"prompt of {PROMPT} tokens {1e3 * median(prompt):.1f} ms, "
+        f"then {1e3 * each:.3f} ms a step, {config.samples / each:,.0f} tokens/s"
+    )
+
+
 def script() -> None:
     config = tyro.cli(Generate)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    if config.bench:
+        return bench(config, device, dtype)
     if not config.run and not any(RUNS.glob("*/config.json")):
         print("there is no run yet: training a small model first, python train.py --steps 200\n")
         train = Path(__file__).with_name("train.py")
         if code := subprocess.run([sys.executable, str(train), "--steps", "200"]).returncode:
             sys.exit(code)
-    model, tokenizer = load(Run.open(config.run), pick_device(config.device))
+    model, tokenizer = load(Run.open(config.run), device)
+    cast(model, dtype)
     write(model, tokenizer, config)
 
 

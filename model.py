@@ -239,10 +239,10 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """As `forward`, for ids that follow P past tokens; and each layer's new keys and values."""
-        P, T = past[0][0].shape[2] if past else 0, ids.shape[1]
-        if positions is None:
-            positions = torch.arange(P, P + T, device=ids.device)[None]
-        mask = mask or causal_mask(T, P, ids.device)
+        if positions is None or mask is None:
+            causal = causal_mask(ids.shape[1], past[0].keys.shape[2] if past else 0, ids.device)
+            positions = causal.hi if positions is None else positions
+            mask = mask or causal
         x = F.embedding(ids, self.embedding).to(dtype or self.embedding.dtype)
         x = self.position.embed(x, positions)
         rotation = self.position.rotation(positions)

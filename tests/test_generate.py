@@ -1,6 +1,7 @@
 """Laws of generate.py: which token is drawn, the cache, and what ends a text."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generate import (
+    Generate,
     Sampling,
+    bench,
+    cast,
     distribution,
     draw,
     generate,
@@ -153,6 +157,33 @@ def test_a_prompt_longer_than_the_context_is_refused():
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(UserError):
         Sampling(**bad)
+
+
+def test_the_bench_says_how_fast_this_machine_writes(capsys):
+    bench(Generate(bench="tiny", samples=2, tokens=4), torch.device("cpu"), torch.bfloat16)
+    said = capsys.readouterr().out
+    assert "1.3 M parameters, bfloat16 on cpu, 2 at once" in said and "tokens/s" in said
+    with pytest.raises(UserError, match="--tokens 3 or more"):
+        bench(Generate(bench="tiny", tokens=2), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@given(seeds, st.booleans())
+def test_a_recorded_step_writes_what_a_step_writes(seed, greedy):
+    how, prompts = Sampling(greedy=greedy), [[1, 2], [3]]
+    model = Transformer(replace(SMALL, dim=64)).cuda()
+    with mock.patch("generate.recorded", lambda step: step):
+        plain = columns(generate(model, prompts, 9, how, set(), seed))
+    assert plain == columns(generate(model, prompts, 9, how, set(), seed))
+
+
+def test_a_cast_model_keeps_its_norms():
+    model = Transformer(replace(SMALL, norm="layernorm", bias=True))
+    cast(model, torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert all((kind == torch.float32) == ("norm" in name) for name, kind in kinds.items())
+    (text,) = columns(generate(model, [[1]], 4, Sampling(greedy=True), set(), 0))
+    assert len(text) == 4
 
 
 # --- loading --------------------------------------------------------------------------------------
