@@ -30,7 +30,17 @@ CUDA = torch.cuda.is_available()
 if not CUDA:  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from kernels import adamw, attention, cross_entropy, elementwise, int4, int8, norm  # noqa: E402
+from kernels import (  # noqa: E402
+    adamw,
+    attention,
+    cross_entropy,
+    decode,
+    elementwise,
+    int4,
+    int8,
+    linear_attention,
+    norm,
+)
 from kernels.mask import Mask  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -257,6 +267,38 @@ def product4(small: bool, M: int) -> Case:
     return Case(ours, {"bf16": lambda: x @ w.T}, truth, N * K * (4 + 20 / 128) / 8, "TB/s")
 
 
+def one_query(small: bool) -> Case:
+    """Decoding: 32 query heads on 8 key-value heads and a cache of 32,768 tokens."""
+    B, H, K, S, D = (1, 4, 2, 300, 16) if small else (8, 32, 8, 32768, 128)
+    q, k, v = normal(B, H, 1, D), normal(B, K, S, D), normal(B, K, S, D)
+    mask = Mask(torch.zeros(B, 1, device=DEVICE).long(), torch.full((B, 1), S - 1, device=DEVICE))
+    with torch.no_grad():
+        truth = bound(lambda *x: decode.decode_obvious(*x, mask, D**-0.5), *double(q, k, v))
+    theirs = lambda *x: F.scaled_dot_product_attention(*x, enable_gqa=True)  # noqa: E731
+    ours = bound(lambda *x: decode.decode_triton(*x, mask, D**-0.5), q, k, v)
+    return Case(ours, {"torch": bound(theirs, q, k, v)}, truth, 4 * B * K * S * D, "TB/s")
+
+
+def performer(small: bool, backward: bool) -> Case:
+    """128 features of 64-wide heads; the work is that of the three products of a chunk."""
+    B, H, T, M, D = (1, 2, 40, 16, 16) if small else (4, 16, 8192, 128, 64)
+    q, k, v = (normal(B, H, T, width) for width in (M, M, D))
+    q, k, v = (x.detach().requires_grad_() for x in (q.abs(), k.abs(), v))
+    wrap = gradients if backward else bound
+    ours, peer, truth = (
+        lambda *x, f=f: f(*x)[0]
+        for f in (
+            linear_attention.linear_attention_triton,
+            linear_attention.linear_attention_chunked,
+            linear_attention.linear_attention_obvious,
+        )
+    )
+    N = linear_attention.CHUNK
+    flops = 2 * B * H * T * (N * (M + D) + 2 * M * D) * (3 if backward else 1)
+    calls = wrap(ours, q, k, v), {"torch": wrap(peer, q, k, v)}
+    return Case(*calls, wrap(truth, *double(q, k, v)), flops, "TFLOP/s")
+
+
 CASES: dict[str, Callable[[bool], Case]] = {
     **{
         f"attention {way} D {D} {kind}": lambda small, D=D, kind=kind, way=way: attend(
@@ -280,6 +322,9 @@ CASES: dict[str, Callable[[bool], Case]] = {
     "int8 linear, 1 % outliers": lambda small: product8(small, True),
     "int4 linear, 1 row": lambda small: product4(small, 1),
     "int4 linear, 16 rows": lambda small: product4(small, 16),
+    "decode attention": one_query,
+    "linear attention forward": lambda small: performer(small, False),
+    "linear attention backward": lambda small: performer(small, True),
 }
 
 

@@ -1,5 +1,6 @@
 """What several test files draw from and compare with."""
 
+import mmap
 from contextlib import contextmanager
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 seeds = st.integers(0, 2**31 - 1)
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on
 
 
 def normals(seed: int, *shapes: tuple[int, ...], dtype=torch.float64) -> list[torch.Tensor]:
@@ -101,6 +103,18 @@ def poisoned():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def far(dtype: torch.dtype, rows: int, width: int, apart: int = 2**30):
+    """A view of `rows` rows of `width` numbers, `apart` numbers apart, and its first row.
+
+    Should an offset wrap, it still falls inside. Only the pages under the rows come to exist.
+    """
+    size = (rows + 4) * apart * torch.empty(0, dtype=dtype).element_size()
+    promised = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    memory = torch.frombuffer(promised, dtype=dtype)[4 * apart :]
+    first = torch.from_numpy(memory.numpy()[:width])
+    return memory.as_strided((rows, width), (apart, 1)), first
 
 
 def strided(x: torch.Tensor, how: int) -> torch.Tensor:

@@ -1,10 +1,18 @@
 """Laws of kernels/int8.py: integers to the same bits as torch, products exact, outliers apart."""
 
-import mmap
-
 import pytest
 import torch
-from helpers import CUDA, DEVICE, LOW, assert_as_good_as_torch, normals, poisoned, seeds, strided
+from helpers import (
+    CUDA,
+    DEVICE,
+    LOW,
+    assert_as_good_as_torch,
+    far,
+    normals,
+    poisoned,
+    seeds,
+    strided,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +30,6 @@ from kernels.int8 import (
     quantize_rows_triton,
 )
 
-NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on
 dtypes, layouts = st.sampled_from(LOW), st.integers(0, 2)
 
 
@@ -231,18 +238,6 @@ def test_the_dispatch_is_the_same_function():
 
 
 # --- far and wrong --------------------------------------------------------------------------------
-
-
-def far(dtype, rows, width, apart=2**30):
-    """A view of `rows` rows of `width` numbers, `apart` numbers apart, and its first row.
-
-    Should an offset wrap, it still falls inside. Only the pages under the rows come to exist.
-    """
-    size = (rows + 4) * apart * torch.empty(0, dtype=dtype).element_size()
-    promised = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
-    memory = torch.frombuffer(promised, dtype=dtype)[4 * apart :]
-    first = torch.from_numpy(memory.numpy()[:width])
-    return memory.as_strided((rows, width), (apart, 1)), first
 
 
 @pytest.mark.skipif(CUDA, reason="the memory of this machine is only promised")
