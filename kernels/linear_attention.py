@@ -45,9 +45,9 @@ def linear_attention_obvious(
     state = k.detach().to(wide).mT @ ones.detach().to(wide)
     t = torch.arange(T, device=q.device)
     seen = t[:, None] >= t
-    if starts is not None:
+    if starts is not None and T:
         seen = seen & (t >= starts[:, None, :, None])
-        last = t[:, None] >= starts[:, -1:, None, None] if T else seen
+        last = t[:, None] >= starts[:, -1:, None, None]
         state = (k * last).detach().to(wide).mT @ ones.detach().to(wide)
     weights = (q @ k.repeat_interleave(group, 1).mT) * seen
     both = weights @ ones.repeat_interleave(group, 1)
