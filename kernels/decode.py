@@ -59,7 +59,8 @@ def fitting(configs: list, args: dict, **options) -> list:
     """Blocks of keys such that two programs' pipelines share a processor's memory."""
     options = {**args, **options}
     size = options["D"] * options["K"].element_size()  # bytes of a key
-    return [c for c in configs if c.kwargs["N"] * size in (8192, 16384)] or configs[:1]
+    least = 8192 if options["K"].element_size() == 2 else 16384  # fp32 spills in smaller blocks
+    return [c for c in configs if least <= c.kwargs["N"] * size <= 16384] or configs[:1]
 
 
 @launch.autotune(
