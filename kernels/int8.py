@@ -45,7 +45,8 @@ def quantize_rows_obvious(x: Tensor, columns: Tensor | None = None) -> tuple[Ten
         x = x.index_fill(1, columns, 0)
     largest = x.abs().amax(1)
     largest = largest.where(~(largest < TINY), 0)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
+    inverse = torch.full_like(largest, 127) / largest  # 127 / tensor would round twice
+    inverse = inverse.where(largest > 0, 0)
     return (x * inverse[:, None]).nan_to_num(0).round().to(torch.int8), largest / 127
 
 
