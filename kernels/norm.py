@@ -184,7 +184,7 @@ def backward_kernel(
         dy = tl.load(dY + row * dy_row + column, there, other=0.0).to(tl.float32)
         r = tl.load(R + row, row < N, other=0.0)
         if CENTRE:
-            x = tl.where(there, x - tl.load(Mean + row, row < N, other=0.0), 0.0)
+            x -= tl.load(Mean + row, row < N, other=0.0)
         x_hat = x * r
         dw += dy * x_hat
         if dBias is not None:

@@ -42,7 +42,8 @@ LOW = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # see
 def results(function, inputs, *rest, **options) -> list[torch.Tensor]:
     """What a function gives, then the gradient of each input that asks for one.
 
-    The gradient is that of Σ out · w with the same random w in every dtype, for each output.
+    The gradient is that of Σ out · w for each output, with the same random w in every dtype, in a
+    layout that depends on its shape.
     """
     outs = function(*inputs, *rest, **options)
     outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
@@ -51,7 +52,8 @@ def results(function, inputs, *rest, **options) -> list[torch.Tensor]:
     if not wanted:
         return [out.detach() for out in outs]
     drawn = normals(7, *(out.shape for out in kept))
-    weights = [w.detach().to(out) for w, out in zip(drawn, kept, strict=True)]
+    pairs = zip(drawn, kept, strict=True)
+    weights = [strided(w.detach().to(out), sum(w.shape) % LAYOUTS) for w, out in pairs]
     grads = torch.autograd.grad(kept, wanted, weights)
     return [out.detach() for out in outs] + list(grads)
 
@@ -117,12 +119,21 @@ def far(dtype: torch.dtype, rows: int, width: int, apart: int = 2**30):
     return memory.as_strided((rows, width), (apart, 1)), first
 
 
+LAYOUTS = 4
+layouts = st.integers(0, LAYOUTS - 1)
+
+
 def strided(x: torch.Tensor, how: int) -> torch.Tensor:
-    """The same numbers in another layout: 0 as it is, 1 last axes swapped, 2 every other one."""
+    """The same numbers in another layout.
+
+    0 as they come, 1 the last axes swapped, 2 every other number, 3 half of each row in memory.
+    """
     if how == 1 and x.dim() > 1:
         y = x.detach().transpose(-2, -1).contiguous().transpose(-2, -1)
     elif how == 2:
         y = x.detach().repeat_interleave(2, -1)[..., ::2]
+    elif how == 3:
+        y = x.detach().repeat(*[1] * (x.dim() - 1), 2)[..., : x.shape[-1]]
     else:
         y = x.detach().clone()
     return y.requires_grad_(x.requires_grad)

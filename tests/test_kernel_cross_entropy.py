@@ -11,6 +11,7 @@ from helpers import (
     LOW,
     assert_as_good_as_torch,
     assert_close,
+    layouts,
     normals,
     results,
     seeds,
@@ -38,7 +39,7 @@ def problems(draw, dtypes=LOW):
     hidden, weight = (
         x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in (hidden, weight)
     )
-    hidden, weight = (strided(x, draw(st.integers(0, 2))) for x in (hidden, weight))
+    hidden, weight = (strided(x, draw(layouts)) for x in (hidden, weight))
     asks = draw(st.sampled_from([(True, True), (True, False), (False, True), (False, False)]))
     for x, asked in zip((hidden, weight), asks, strict=True):
         x.requires_grad_(asked)

@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DEVICE, LOW, assert_as_good_as_torch, normals, seeds, strided
+from helpers import (
+    DEVICE,
+    LAYOUTS,
+    LOW,
+    assert_as_good_as_torch,
+    layouts,
+    normals,
+    seeds,
+    strided,
+)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,26 +41,30 @@ def drawn(seed: int, B: int, H: int, S: int, extras, whole_bias: bool, dtype) ->
     mask = Mask(*(ends if seed % 3 == 0 else ends.sort(0).values))
     if "slopes" in extras:
         at = torch.randint(S, (B, 1), generator=rng).to(DEVICE)
-        mask = replace(mask, slopes=torch.rand(H, generator=rng).to(DEVICE), at=at)
+        slopes = strided(torch.rand(H, generator=rng).to(DEVICE), 2 * (seed % 2))
+        mask = replace(mask, slopes=slopes, at=at)
     if "bias" in extras:
         shape = (B, H, 1, S) if whole_bias else (1, 1, 1, S)
         (bias,) = normals(seed, shape, dtype=dtype)
         hidden = torch.rand(shape, generator=rng) < 0.2
-        mask = replace(mask, bias=bias.detach().masked_fill(hidden, -torch.inf).to(DEVICE))
+        bias = bias.detach().masked_fill(hidden, -torch.inf).to(DEVICE)
+        mask = replace(mask, bias=strided(bias, seed % LAYOUTS))
     return mask
 
 
 EXTRAS = st.sampled_from([(), (), ("slopes",), ("bias",), ("slopes", "bias")])
 
 
+@pytest.mark.parametrize("group", [1, 3, 17])
 @given(
-    seeds, st.integers(1, 3), st.integers(1, 2), st.sampled_from([1, 2, 3, 17]),
+    seeds, st.integers(1, 3), st.integers(1, 2),
     st.integers(1, 150), st.sampled_from([16, 17, 24, 40, 64]), EXTRAS, st.booleans(),
-    st.sampled_from(LOW), st.integers(0, 2),
+    st.sampled_from(LOW), st.tuples(layouts, layouts, layouts),
 )  # fmt: skip
-def test_decode_is_as_good_as_torch(seed, B, K, group, S, D, extras, whole_bias, dtype, layout):
+def test_decode_is_as_good_as_torch(group, seed, B, K, S, D, extras, whole_bias, dtype, layout):
     shapes = (B, K * group, 1, D), (B, K, S, D), (B, K, S, D)
-    q, k, v = (strided(x.detach(), layout).to(DEVICE) for x in normals(seed, *shapes, dtype=dtype))
+    inputs = zip(normals(seed, *shapes, dtype=dtype), layout, strict=True)
+    q, k, v = (strided(x.detach(), how).to(DEVICE) for x, how in inputs)
     mask = drawn(seed, B, K * group, S, extras, whole_bias, dtype)
     assert_as_good_as_torch(decode_triton, decode_obvious, [q, k, v], mask, D**-0.5)
 

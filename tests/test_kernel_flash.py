@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DEVICE, LOW, assert_as_good_as_torch, normals, poisoned, results, seeds, strided
+from helpers import (
+    DEVICE,
+    LOW,
+    assert_as_good_as_torch,
+    layouts,
+    normals,
+    poisoned,
+    results,
+    seeds,
+    strided,
+)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +67,7 @@ def with_extras(extras, seed, mask, H, T, S, bias_shape, dtype):
 
 @given(
     seeds, st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), LENGTHS, LENGTHS, WIDTHS,
-    KINDS, EXTRAS, st.sampled_from(LOW), st.integers(0, 2), st.booleans(), st.booleans(),
+    KINDS, EXTRAS, st.sampled_from(LOW), layouts, st.booleans(), st.booleans(),
     st.booleans(),
 )  # fmt: skip
 def test_attention_is_as_good_as_torch(

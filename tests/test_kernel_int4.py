@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import CUDA, DEVICE, LOW, assert_as_good_as_torch, far, normals, seeds, strided
+from helpers import (
+    CUDA,
+    DEVICE,
+    LOW,
+    assert_as_good_as_torch,
+    far,
+    layouts,
+    normals,
+    seeds,
+    strided,
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +27,7 @@ from kernels.int4 import (
     unpack_int4,
 )
 
-dtypes, layouts = st.sampled_from(LOW), st.integers(0, 2)
+dtypes = st.sampled_from(LOW)
 groups = st.sampled_from([32, 64, 128, 256, 1024])
 
 

@@ -8,6 +8,7 @@ from helpers import (
     assert_as_good_as_torch,
     assert_close,
     far,
+    layouts,
     results,
     seeds,
     strided,
@@ -58,7 +59,7 @@ def problems(draw):
     dtype = draw(st.sampled_from(LOW))
     least = 1 if dtype == torch.float32 else 8  # in fewer 16-bit numbers torch is right by luck
     M, D = draw(st.integers(least, 24)), draw(st.integers(least, 24))
-    seed, how = draw(seeds), [draw(st.integers(0, 2)) for _ in range(3)]
+    seed, how = draw(seeds), [draw(layouts) for _ in range(3)]
     inputs = draw_inputs(seed, B, K * group, K, T, M, D, dtype, how)
     kind = draw(st.sampled_from(["", "starts", "past"]))
     starts = documents(seed, draw(st.sampled_from([1, B])), T, draw(st.sampled_from([0.03, 0.3])))
@@ -114,6 +115,15 @@ def test_documents_do_not_see_each_other(function, seed, m, n):
     for x in other:
         x[:, :, :m] += 1
     assert torch.equal(function(*other, starts)[0][:, :, m:], out[:, :, m:])
+
+
+@pytest.mark.parametrize("begin", [15, 16, 17])
+@pytest.mark.parametrize("function", FAST)
+def test_a_document_may_begin_anywhere_in_a_chunk(function, begin):
+    """Before, with and after the first token of a chunk of 16, and reaching into the next two."""
+    inputs = draw_inputs(begin, 2, 2, 1, 50, 5, 7, torch.float32)
+    starts = torch.tensor([[0] * begin + [begin] * (50 - begin)], device=DEVICE)
+    assert_as_good_as_torch(function, linear_attention_obvious, inputs, starts)
 
 
 @pytest.mark.parametrize("function", [linear_attention_obvious, *FAST])

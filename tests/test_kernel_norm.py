@@ -7,6 +7,7 @@ from helpers import (  # fmt: skip
     LOW,
     assert_as_good_as_torch,
     assert_close,
+    layouts,
     normals,
     results,
     seeds,
@@ -20,7 +21,7 @@ from kernels import norm
 size = st.integers(1, 9)
 
 
-@given(seeds, size, size, size, st.floats(1e-8, 1), st.integers(0, 2))
+@given(seeds, size, size, size, st.floats(1e-8, 1), layouts)
 def test_torch_versions(seed, B, T, C, eps, layout):
     x, branch, w, b = normals(seed, (B, T, C), (B, T, C), (C,), (C,))
     x = strided(x, layout)
@@ -41,13 +42,23 @@ def test_rmsnorm_in_low_precision_is_as_good_as_the_obvious_one(dtype):
     assert_as_good_as_torch(norm.rmsnorm, norm.rmsnorm_obvious, (x, w), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "name, bias",
+    [
+        ("rmsnorm", False),
+        ("add_rmsnorm", False),
+        ("layernorm", False),
+        ("layernorm", True),
+        ("add_layernorm", False),
+        ("add_layernorm", True),
+    ],
+)
 @given(
     seeds, st.integers(0, 5), st.integers(1, 9), st.integers(1, 70), st.floats(1e-8, 1),
-    st.sampled_from(LOW), st.integers(0, 2), st.integers(0, 2), st.booleans(), st.booleans(),
-    st.booleans(), st.booleans(),
+    st.sampled_from(LOW), layouts, layouts, st.booleans(),
 )  # fmt: skip
 def test_triton_is_as_good_as_torch(
-    seed, B, T, C, eps, dtype, layout, other, centre, add, bias, fp32_weight
+    name, bias, seed, B, T, C, eps, dtype, layout, other, fp32_weight
 ):
     """Any rows, widths and strides; weights in fp32 beside a stream in 16 bits too."""
     shapes = (B, T, C), (B, T, C), (C,), (C,)
@@ -55,8 +66,8 @@ def test_triton_is_as_good_as_torch(
     x, branch = (t.detach().to(dtype).requires_grad_() for t in (x, branch))
     x, branch = strided(x, layout), strided(branch, other)
     w, b = (t.detach().to(torch.float32 if fp32_weight else dtype).requires_grad_() for t in (w, b))
-    name = ("add_" if add else "") + ("layernorm" if centre else "rmsnorm")
-    inputs = [x, *([branch] if add else []), w, *([b if bias else None] if centre else [])]
+    inputs = [x, *([branch] if "add" in name else []), w]
+    inputs += [b if bias else None] if "layernorm" in name else []
     functions = (getattr(norm, f"{name}_{kind}") for kind in ("triton", "obvious"))
     assert_as_good_as_torch(*functions, inputs, eps)
 
