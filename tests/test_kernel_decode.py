@@ -55,7 +55,7 @@ def drawn(seed: int, B: int, H: int, S: int, extras, whole_bias: bool, dtype) ->
 EXTRAS = st.sampled_from([(), (), ("slopes",), ("bias",), ("slopes", "bias")])
 
 
-@pytest.mark.parametrize("group", [1, 3, 17])
+@pytest.mark.parametrize("group", [1, 3, 40])
 @given(
     seeds, st.integers(1, 3), st.integers(1, 2),
     st.integers(1, 150), st.sampled_from([16, 17, 24, 40, 64]), EXTRAS, st.booleans(),
@@ -98,6 +98,16 @@ def test_who_sees_nothing_gets_zeros():
     assert not out.any()
     assert not decode_triton(q, k[:, :, :0], v[:, :, :0], interval((0, 9)), 0.25).any()
     assert decode_triton(q[:0], k[:0], v[:0], interval((0, 9)), 0.25).shape == (0, 2, 1, 16)
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 40), slice(0, 60), slice(20, 60)])
+def test_keys_hidden_by_the_bias_alone(hidden):
+    """A share, its first blocks or all there is may hold no key that is seen."""
+    inputs = half(0, (1, 2, 1, 16), (1, 1, 60, 16), (1, 1, 60, 16))
+    bias = torch.zeros(1, 1, 1, 60, device=DEVICE)
+    bias[..., hidden] = -torch.inf
+    mask = replace(interval((0, 59)), bias=bias)
+    assert_as_good_as_torch(decode_triton, decode_obvious, inputs, mask, 0.25)
 
 
 def test_two_runs_give_the_same_bits():
