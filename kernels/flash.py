@@ -1,14 +1,14 @@
 """Attention in Triton: FlashAttention-2 by hand, forward and backward, for every `Mask`.
 
-Idea: a program keeps a tile of queries and walks over blocks of keys with an online lse2, so the
+Idea: a program keeps a tile of queries and walks over blocks of keys with an online softmax, so the
 table of scores never leaves the chip. Blocks of which every query sees every key run in a loop
-without a mask, the others in a second one: a comparison costs as much as half the lse2. All
+without a mask, the others in a second one: a comparison costs as much as half the softmax. All
 exponentials are powers of 2, with scale · log₂e folded into one multiply-add. Tiles are copied by
 the hardware (tensor descriptors), which fills with zeros beyond the edge.
 
 `attend_triton` in kernels/attention.py is the function; this file is what stands behind it.
 
-Papers: Dao 2023, FlashAttention-2 (arXiv 2307.08691); Milakov and Gimelshein 2018, online lse2
+Papers: Dao 2023, FlashAttention-2 (arXiv 2307.08691); Milakov and Gimelshein 2018, online softmax
 (arXiv 1805.02867); Press et al. 2022, ALiBi (arXiv 2108.12409).
 
 Letters: B samples · H query heads · K key-value heads · T queries · S keys · D head width (a power
@@ -153,7 +153,7 @@ def look(
     acc, total, top, q, K, V, b, kh, n, c, row, lo, hi, slope, at, Bias, bias_t, bias_s, T, S,
     N: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of the online lse2 (FlashAttention-2, algorithm 1, lines 8 to 10)."""
+    """One block of keys of the online softmax (FlashAttention-2, algorithm 1, lines 8 to 10)."""
     k = tile(K, b, kh, n, N, D, TMA)
     s = tl.dot(q, k.T, input_precision=PRECISION)
     col = n + tl.arange(0, N)[None, :]
@@ -597,7 +597,7 @@ class TritonAttention(torch.autograd.Function):
         grad = torch.zeros_like(out) if grad is None else aligned(grad)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         mask, (B, H, T, D), (K, S) = ctx.mask, q.shape, k.shape[1:3]
-        tma = launch.has_tma(q.device)
+        tma = by_hardware(q)
         M, padded = queries_at_once(D, q.dtype, mask, tma), launch.ceil_div(T, 128) * 128
         sums = lse2.new_empty(B, H, 2, padded)
         seen = lse2.new_empty(len(mask.lo), 2, padded, dtype=torch.int32)
@@ -626,6 +626,11 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, dbias, None, None
 
 
+def by_hardware(q: Tensor) -> bool:
+    """Whether the hardware copies the tiles: in fp32 their products spill beside such copies."""
+    return launch.has_tma(q.device) and q.dtype.itemsize == 2
+
+
 def queries_at_once(D: int, dtype: torch.dtype, mask: Mask, tma: bool) -> int:
     """Rows of a tile of queries in the key kernel, as many as registers hold."""
     rows = 16 if launch.INTERPRETED or dtype.itemsize == 4 or D > 128 else 64 if tma else 32
@@ -652,7 +657,7 @@ def launch_bias_kernel(common: dict, dbias: Tensor, mask: Mask, B: int) -> None:
 def shared_arguments(q, k, v, bias, mask, scale) -> tuple[int, int, dict]:
     """T, the number of heads of all samples, and what forward and backward kernels all get."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    tma = launch.has_tma(q.device)
+    tma = by_hardware(q)
     own = max(1, L2_BYTES // (2 * S * D * q.element_size()))  # key-value heads in the cache
     at = None if mask.at is None else mask.at.contiguous()
     lo, hi = mask.lo.contiguous(), mask.hi.contiguous()
