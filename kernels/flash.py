@@ -194,7 +194,7 @@ def tuned(names: tuple[str, ...], table: dict, interpreted: dict):
     def fitting(configs: list, args: dict, **options) -> list:
         options = {**args, **options}
         if options["wide"]:
-            return [configuration((16,) * len(names) + (8, 1))]
+            return [configuration((16,) * len(names) + (8, 2))]
         row = table[options["TMA"], max(64, options["D"])]
         row = row if options["Bias"] is None else row[-1:]
         if options.get("Blocks") is not None:  # no tile may be larger than the layout's
@@ -507,7 +507,7 @@ def query_kernel(
         (True, 256): [(64, 32, 8, 2)],
         (False, 64): [(64, 32, 8, 2)],
         (False, 128): [(64, 32, 8, 2)],
-        (False, 256): [(32, 16, 8, 1)],
+        (False, 256): [(32, 16, 8, 2)],
     },
     {"M": 32, "N": 16},
 )
