@@ -6,13 +6,14 @@ gives the commonest pair of neighbours an id of its own, again and again: `t h` 
 A regular expression first cuts the text into pieces (about a word and the blank before it). No
 merge crosses a piece, so that training needs only the different pieces and their counts.
 
-    count_pieces -> learn_merges -> BPE.encode, BPE.decode -> BPE.save, BPE.load (tokenizer.json)
+    count_pieces -> learn_merges -> BPE.encode, BPE.decode -> BPE.save, BPE.load
 
 `learn_obviously` and `apply_merges` are the definitions; `learn_merges` and `apply_merges_to_long`
 give the same, fast.
 
 Run: python tokenizer.py
      python tokenizer.py --text "How is this sentence cut?" --vocab-size 1024
+     python tokenizer.py --bench       against tiktoken and Hugging Face on this Python's own source
 
 Papers: Gage 1994, "A New Algorithm for Data Compression"; Sennrich et al. 2016 (arXiv 1508.07909);
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (bytes, split pattern).
@@ -22,71 +23,37 @@ import codecs
 import hashlib
 import heapq
 import json
-import math
 import os
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain, islice, pairwise
 from operator import add
 from pathlib import Path
 from pydoc_data.topics import topics
 from reprlib import repr as short
-from typing import Any, Self
+from typing import Literal, Self
 
-import regex
 import tiktoken
 import tyro
 from tqdm import tqdm
 
-END_OF_TEXT = "<|endoftext|>"
-LONG_PIECE = 100  # bytes; from here on a heap beats looking at every pair again
-CACHED_PIECES = 1 << 18  # pieces whose ids are remembered
+import tokenizer_files
+from pieces import ASCII_PATTERNS, LAST_CUT, SPLIT_PATTERNS, splitter
+from tokenizer_files import Pair, to_bytes
 
-Pair = tuple[int, int]
-Ranks = Mapping[Pair, tuple[int, int]]  # pair -> (rank: the lower merges first, id of the result)
+END_OF_TEXT = "<|endoftext|>"
+LONG_PIECE = 100  # characters; from here on a heap beats looking for the best pair again and again
+CACHED_PIECES = 1 << 15  # pieces whose ids are remembered: some 10 MB
+BLOCK = 1 << 14  # characters of a stream that are encoded at once
+
+Ranks = Mapping[Pair, int]  # of two neighbours; the lower merges first
+Tie = Literal["lowest ids", "greatest bytes"]  # which of equally common pairs is merged first
 
 # --- text -> pieces -------------------------------------------------------------------------------
-
-# gpt2 stands as it was published; gpt4 cuts as tiktoken's cl100k does, in a spelling that Python's
-# regex, Rust's fancy_regex (tiktoken) and Oniguruma (Hugging Face) read alike.
-SPLIT_PATTERNS = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-}
-# The same for ASCII text, where Python's own re can be used, which is twice as fast.
-ASCII_PATTERNS = {
-    SPLIT_PATTERNS["gpt2"]: r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+"
-    r"|\s+(?!\S)|\s+",
-    SPLIT_PATTERNS["gpt4"]: r"'(?i:[sdmt]|ll|ve|re)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{1,3}"
-    r"| ?[^\sa-zA-Z0-9]+[\r\n]*|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-}
-
-
-def splitter(pattern: str) -> Callable[[str], list[str]]:
-    """A function text -> pieces, which joined are the text again; pattern is a name or a regex."""
-    pattern = SPLIT_PATTERNS.get(pattern, pattern)
-    try:
-        everywhere = regex.compile(pattern)
-    except (regex.error, ValueError, RecursionError) as error:
-        raise ValueError(f"the split pattern {short(pattern)} is wrong: {error}") from None
-    if everywhere.groups:
-        raise ValueError(f"the split pattern {short(pattern)} captures: write (?:…) and not (…)")
-    proven = pattern in ASCII_PATTERNS  # to leave nothing out
-    in_ascii = re.compile(ASCII_PATTERNS.get(pattern, ""), re.ASCII)
-
-    def split(text: str) -> list[str]:
-        text.encode()  # a lone surrogate is a ValueError here, with its position
-        pieces = (in_ascii if proven and text.isascii() else everywhere).findall(text)
-        if not proven and sum(map(len, pieces)) != len(text):
-            raise ValueError(f"the split pattern {short(pattern)} leaves out parts of the text")
-        return pieces
-
-    return split
 
 
 def special_regex(special: Iterable[str]) -> re.Pattern[str]:
@@ -131,28 +98,47 @@ def merge(ids: Sequence[int], pair: Pair, new: int) -> tuple[int, ...]:
     return tuple(out)
 
 
-def learn_obviously(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
+def learn_obviously(
+    counts: Mapping[str, int], tie: Tie = "lowest ids"
+) -> Iterator[tuple[Pair, int]]:
     """The definition: count every pair, merge the commonest, repeat. Yields (pair, its count).
 
-    Between equal counts the smallest (left id, right id) wins. No two merges give the same bytes:
-    between borders that merges did not cross, equal bytes are always cut alike.
+    Between equal counts the smallest (left id, right id) wins, or the pair with the greatest
+    (left bytes, right bytes). No two merges give the same bytes: between borders that merges did
+    not cross, equal bytes are always cut alike.
     """
     words = {tuple(piece.encode()): times for piece, times in counts.items()}
-    new = 256
+    tokens = [bytes([byte]) for byte in range(256)]
     while pairs := pair_counts(words):
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        yield best, pairs[best]
-        words = {merge(word, best, new): times for word, times in words.items()}
-        new += 1
+        most = max(pairs.values())
+        tied = [pair for pair, count in pairs.items() if count == most]
+        if tie == "lowest ids":
+            best = min(tied)
+        else:
+            best = max(tied, key=lambda pair: (tokens[pair[0]], tokens[pair[1]]))
+        yield best, most
+        words = {merge(word, best, len(tokens)): times for word, times in words.items()}
+        tokens.append(tokens[best[0]] + tokens[best[1]])
 
 
-def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
+TIES: dict[str, tuple[Callable[[int], str], Callable[[str, str, int], str]]] = {
+    "lowest ids": (chr, lambda left, right, id: chr(id)),
+    # Complements turn the greatest into the smallest; a mark behind the end, above all of them,
+    # puts the shorter of two behind the longer, and keeps left and right apart in their sum.
+    "greatest bytes": (lambda byte: chr(255 - byte) + "\u0100", lambda a, b, id: a[:-1] + b),
+}
+
+
+def learn_merges(counts: Mapping[str, int], tie: Tie = "lowest ids") -> Iterator[tuple[Pair, int]]:
     """The same as `learn_obviously`, but only the words that hold the pair are touched.
 
-    A word is a string whose characters are token ids, chr(id): a merge is then str.replace, and the
-    tie rule is the order of strings. The heap is lazy: the count of an old pair can only fall (a
-    pair that gains holds the new token), so a stale entry is put right when it comes up.
+    A word is a string whose characters are token ids, chr(id): a merge is then str.replace. The
+    heap is lazy: the count of an old pair can only fall (a pair that gains holds the new token), so
+    a stale entry is put right when it comes up. Between equal counts the smallest key wins, which
+    is the sum of two strings that `tie` gives to tokens.
     """
+    first_key, joined_key = TIES[tie]
+    keys = {chr(byte): first_key(byte) for byte in range(256)}  # token -> its part of a pair's key
     words = [piece.encode().decode("latin-1") for piece in counts]  # byte b -> chr(b)
     times = list(counts.values())
     pairs: defaultdict[str, int] = defaultdict(int)
@@ -161,16 +147,17 @@ def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
         for pair in map(add, word, word[1:]):
             pairs[pair] += times[index]
             where[pair].append(index)
-    heap = [(-count, pair) for pair, count in pairs.items()]
+    heap = [(-count, keys[pair[0]] + keys[pair[1]], pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
     new = chr(256)
     while heap:
-        count, pair = heapq.heappop(heap)
+        count, key, pair = heapq.heappop(heap)
         if pairs[pair] != -count:
             if pairs[pair]:
-                heapq.heappush(heap, (-pairs[pair], pair))
+                heapq.heappush(heap, (-pairs[pair], key, pair))
             continue
         yield (ord(pair[0]), ord(pair[1])), -count
+        keys[new] = joined_key(keys[pair[0]], keys[pair[1]], ord(new))
         gained = set()
         for index in where.pop(pair):
             parts = words[index].split(pair)
@@ -180,8 +167,8 @@ def learn_merges(counts: Mapping[str, int]) -> Iterator[tuple[Pair, int]]:
                 pairs[new_pair] += times[index]
                 where[new_pair].append(index)
                 gained.add(new_pair)
-        for new_pair in gained:
-            heapq.heappush(heap, (-pairs[new_pair], new_pair))
+        for left, right in gained:
+            heapq.heappush(heap, (-pairs[left + right], keys[left] + keys[right], left + right))
         new = chr(ord(new) + 1)
 
 
@@ -205,20 +192,23 @@ def seams(parts: list[str], pair: str, new: str) -> Iterator[tuple[str, str]]:
 # --- merges -> ids of a piece ---------------------------------------------------------------------
 
 
-def apply_merges(ids: list[int], ranks: Ranks) -> list[int]:
-    """Merge the pair of lowest rank, and of these the leftmost, until no pair has a rank."""
-    none = (math.inf, -1)
-    while len(ids) > 1:
-        found = [ranks.get(pair, none) for pair in pairwise(ids)]
-        best = min(found)
-        if best is none:
-            break
+def apply_merges(ids: list[int], ranks: Ranks, made: Sequence[int]) -> list[int]:
+    """Merge the pair of lowest rank, and of these the leftmost, until no pair has a rank.
+
+    made[rank] is the id that such a pair becomes. Only the pairs beside it are looked up again.
+    """
+    none = len(made)
+    found = [ranks.get(pair, none) for pair in pairwise(ids)]
+    while found and (best := min(found)) < none:
         at = found.index(best)
-        ids = [*ids[:at], best[1], *ids[at + 2 :]]
+        ids[at : at + 2] = [made[best]]
+        del found[at]
+        for beside in range(max(0, at - 1), min(at + 1, len(found))):
+            found[beside] = ranks.get((ids[beside], ids[beside + 1]), none)
     return ids
 
 
-def apply_merges_to_long(ids: list[int], ranks: Ranks) -> list[int]:
+def apply_merges_to_long(ids: list[int], ranks: Ranks, made: Sequence[int]) -> list[int]:
     """The same in O(n log n): a linked list of ids, and a heap of (rank, place)."""
     n = len(ids)
     ids = [*ids, None]  # None, the end and whatever was swallowed, is in no pair with a rank
@@ -226,18 +216,18 @@ def apply_merges_to_long(ids: list[int], ranks: Ranks) -> list[int]:
     heap: list[tuple[int, int]] = []
 
     def offer(at: int) -> None:
-        if found := ranks.get((ids[at], ids[after[at]])):
-            heapq.heappush(heap, (found[0], at))
+        rank = ranks.get((ids[at], ids[after[at]]))
+        if rank is not None:
+            heapq.heappush(heap, (rank, at))
 
     for at in range(n):
         offer(at)
     while heap:
         rank, at = heapq.heappop(heap)
         swallowed = after[at]
-        found = ranks.get((ids[at], ids[swallowed]))
-        if not found or found[0] != rank:
+        if ranks.get((ids[at], ids[swallowed])) != rank:
             continue  # the pair that was offered is gone
-        ids[at], ids[swallowed] = found[1], None
+        ids[at], ids[swallowed] = made[rank], None
         after[at] = after[swallowed]
         before[after[at]] = at
         offer(at)
@@ -248,15 +238,32 @@ def apply_merges_to_long(ids: list[int], ranks: Ranks) -> list[int]:
 # --- the tokenizer --------------------------------------------------------------------------------
 
 
+class Memory(dict):
+    """piece -> ids, made when first asked for; what was not asked for long is forgotten."""
+
+    def __init__(self, make: Callable[[str], list[int]], room: int):
+        self.make, self.half, self.old = make, room // 2, {}
+
+    def __missing__(self, piece: str) -> list[int]:
+        ids = self.old.get(piece) or self.make(piece)
+        if len(piece) < LONG_PIECE:
+            if len(self) >= self.half:
+                self.old = self.copy()
+                self.clear()
+            self[piece] = ids
+        return ids
+
+
 @dataclass
 class BPE:
     """A byte-level BPE vocabulary; everything else is derived from these four fields.
 
-    Ids run from 0 without a gap, in any order: bytes need not come first, nor merges by rank.
+    Ids come in any order: bytes need not be first, nor merges by rank; a few may be unused.
     """
 
-    tokens: list[bytes]  # id -> its bytes; b"" where the id belongs to a special token
-    merges: list[Pair]  # in rank order: what was learnt first is merged first
+    tokens: list[bytes]  # id -> its bytes; b"" where the id belongs to a special token or to none
+    merges: list[Pair] | None  # in rank order: what was learnt first is merged first. None: any two
+    # neighbours whose bytes joined are a token merge, that of the lowest id first (tiktoken's rule)
     special: dict[str, int]  # texts that stand for one id each, such as END_OF_TEXT
     pattern: str = "gpt4"  # a name in SPLIT_PATTERNS or a regular expression, which is what is kept
 
@@ -270,24 +277,39 @@ class BPE:
                 raise ValueError(f"byte 0x{byte:02x} has no token, so that some text has no ids")
         if len(self._ids) != len(self._bytes):
             raise ValueError("two ids have the same bytes")
-        self._ranks = {pair: (rank, self._made(pair)) for rank, pair in enumerate(self.merges)}
-        if len(self._ranks) != len(self.merges):
-            raise ValueError("a merge is listed twice")
+        if self.merges is None:
+            self._ranks, self._made = dict(self._splits()), range(len(self.tokens))
+        else:
+            self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+            self._made = [self._joined(pair) for pair in self.merges]
+            if len(self._ranks) != len(self.merges):
+                raise ValueError("a merge is listed twice")
         for text, id in self.special.items():
             clash = id in self._bytes or to_bytes(text) in self._ids
             if clash or not text or not text.isprintable():
                 what = f"special token {short(text)} with id {id}"
                 raise ValueError(f"{what} is empty, unprintable or clashes with another token")
             self._bytes[id] = text.encode()
-        if self._bytes.keys() != set(range(self.vocab_size)):
-            raise ValueError(f"its {self.vocab_size} ids do not run from 0 without a gap")
-        self._cached_piece = lru_cache(CACHED_PIECES)(self._encode_piece)
+        if min(self._bytes) < 0 or self.vocab_size > 2 * len(self._bytes) + 1024:
+            raise ValueError(
+                f"its ids from {min(self._bytes)} to {max(self._bytes)} are far more than its "
+                f"{len(self._bytes)} tokens"
+            )
+        self._memory = Memory(self._encode_piece, CACHED_PIECES)
 
-    def _made(self, pair: Pair) -> int:
+    def _joined(self, pair: Pair) -> int:
         left, right = (self._bytes.get(id) for id in pair)
         if left is None or right is None or left + right not in self._ids:
             raise ValueError(f"the merge of ids {pair} needs or makes a token that is not there")
         return self._ids[left + right]
+
+    def _splits(self) -> Iterator[tuple[Pair, int]]:
+        """Each token as two others, in every way there is: (pair, id)."""
+        for id, token in enumerate(self.tokens):
+            for cut in range(1, len(token)):
+                left, right = self._ids.get(token[:cut]), self._ids.get(token[cut:])
+                if left is not None and right is not None:
+                    yield (left, right), id
 
     def __reduce__(self):  # for pickle: the fields rebuild the rest
         return BPE, (self.tokens, self.merges, self.special, self.pattern)
@@ -300,16 +322,19 @@ class BPE:
         pattern: str = "gpt4",
         special: Iterable[str] = (END_OF_TEXT,),
         progress: bool = False,
+        tie: Tie = "lowest ids",
     ) -> Self:
         """Learn merges until there are vocab_size ids: bytes, then merges, then special tokens.
 
-        Fewer if nothing is left to merge. No merge is learnt from or across a special token.
+        Fewer if nothing is left to merge. No merge is learnt from or across a special token. Of
+        equally common pairs the one of lowest ids is merged first, as in Hugging Face's tokenizers
+        and rustbpe, or that of greatest bytes, as in subword-nmt and Stanford's CS336.
         """
         special = list(dict.fromkeys(special))
         room = vocab_size - 256 - len(special)
         if room < 0:
             raise ValueError(f"vocab_size must be {vocab_size - room} or more, not {vocab_size}")
-        learnt = islice(learn_merges(count_pieces(texts, pattern, special, progress)), room)
+        learnt = islice(learn_merges(count_pieces(texts, pattern, special, progress), tie), room)
         tokens, merges = [bytes([byte]) for byte in range(256)], []
         for pair, _ in tqdm(learnt, "merge", room, disable=None if progress else True):
             tokens.append(tokens[pair[0]] + tokens[pair[1]])
@@ -319,7 +344,8 @@ class BPE:
 
     @property
     def vocab_size(self) -> int:
-        return len(self._bytes)
+        """One more than the largest id."""
+        return max(self._bytes) + 1
 
     @property
     def end_of_text(self) -> int:
@@ -351,8 +377,40 @@ class BPE:
             if at % 2:
                 ids.append(self.special[part])
             else:
-                ids.extend(chain.from_iterable(map(self._cached_piece, self._split(part))))
+                ids.extend(chain.from_iterable(map(self._memory.__getitem__, self._split(part))))
         return ids
+
+    def encode_iterable(self, texts: Iterable[str], special: str = "text") -> Iterator[int]:
+        """The ids of the texts joined, while they come in: a stream may be larger than memory.
+
+        It is cut only where the pattern has a border whatever follows (a pattern of your own has no
+        place that is known to be one, so all of it waits) and where no special token is cut.
+        """
+        known = self.pattern in ASCII_PATTERNS
+        tail = max(map(len, self.special), default=1) - 1 if special != "text" else 0
+        waiting: list[str] = []
+        size, enough = 0, BLOCK
+        for text in texts:
+            waiting.append(text)
+            size += len(text)
+            if size < enough or not known:
+                continue
+            text = "".join(waiting)
+            cut = self._last_cut(text, tail)
+            yield from self.encode(text[:cut], special)
+            waiting, size = [text[cut:]], len(text) - cut
+            enough = BLOCK + 2 * size  # where there is no cut, looking for one stays linear
+        yield from self.encode("".join(waiting), special)
+
+    def _last_cut(self, text: str, tail: int) -> int:
+        """The last place where text may be cut though more follows; special tokens if tail > 0.
+
+        One that might still grow beyond the text begins in its last `tail` characters.
+        """
+        found = LAST_CUT.search(text, 0, len(text) - tail) if tail < len(text) else None
+        cut = found.start() if found else 0
+        inside = (m.start() for m in self._special.finditer(text) if m.start() < cut < m.end())
+        return next(inside, cut) if tail else cut
 
     def _encode_piece(self, piece: str) -> list[int]:
         data = piece.encode()
@@ -362,7 +420,8 @@ class BPE:
 
     def _merged(self, data: bytes) -> list[int]:
         ids = [self._ids[bytes([byte])] for byte in data]
-        return (apply_merges if len(ids) < LONG_PIECE else apply_merges_to_long)(ids, self._ranks)
+        apply = apply_merges if len(ids) < LONG_PIECE else apply_merges_to_long
+        return apply(ids, self._ranks, self._made)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         try:
@@ -389,37 +448,60 @@ class BPE:
 
         tiktoken knows no merges: of all neighbours it joins those whose result has the lowest id.
         """
-        made = [new for _, new in self._ranks.values()]
-        if made != sorted(made) or len(set(made)) != len(self._ids) - 256:
-            raise ValueError("the ids do not follow the order of the merges, as tiktoken needs")
+        self._check_ranks()
         return tiktoken.Encoding(
             name, pat_str=self.pattern, mergeable_ranks=self._ids, special_tokens=self.special
         )
 
+    def _check_ranks(self) -> None:
+        made = list(self._made)
+        if self.merges is not None and (
+            made != sorted(made) or len(set(made)) != len(self._ids) - 256
+        ):
+            raise ValueError("the ids do not follow the order of the merges, as tiktoken needs")
+
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face tokenizer.json, whole or not at all.
 
-        Hugging Face reads patterns with Oniguruma: one of your own must be valid there, too.
+        Hugging Face reads patterns with Oniguruma: one of your own must be valid there, too. It
+        knows no ids as ranks (merges = None): it gets every split of every token, in their order.
         """
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(to_json(self), ensure_ascii=False), "utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        merges = self.merges
+        if merges is None:
+            merges = [pair for pair, _ in sorted(self._splits(), key=lambda split: split[::-1])]
+        file = tokenizer_files.to_json(self.tokens, merges, self.special, self.pattern)
+        write_whole(path, json.dumps(file, ensure_ascii=False).encode())
+
+    def save_ranks(self, path: str | Path) -> None:
+        """Write a rank file for tiktoken, which holds neither the pattern nor special tokens."""
+        self._check_ranks()
+        write_whole(path, tokenizer_files.to_ranks(self.tokens))
 
     @classmethod
-    def load(cls, path: str | Path) -> "BPE":
-        """Read a tokenizer.json, ours or Hugging Face's, or say why the ids would not be the same.
+    def load(
+        cls, path: str | Path, pattern: str = "gpt4", special: dict[str, int] | None = None
+    ) -> "BPE":
+        """Read a tokenizer, ours or another's, or say why the ids would not be the same.
 
+        path: a tokenizer.json; GPT-2's encoder.json or vocab.bpe, the other beside it; a rank file
+        of tiktoken; or a folder with one of the first two. Only for a rank file, which does not
+        tell: pattern, and special tokens (None: END_OF_TEXT behind the last id).
         All added tokens count as special. A post-processor, which surrounds the text, is ignored.
         """
         try:
-            return from_json(json.loads(Path(path).read_bytes()))
+            file = tokenizer_files.read(Path(path))
+            if file.pattern is None:
+                special = {END_OF_TEXT: len(file.tokens)} if special is None else special
+                file = file._replace(pattern=pattern, special=special)
+            bpe = cls(*file[:4])
+            for id, token in enumerate(bpe.tokens if not file.whole else ()):
+                if token and bpe._merged(token) != [id]:  # which must then not come out
+                    raise ValueError(f"its merges do not lead to the token {short(token)}")
+            return bpe
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} cannot be loaded as the tokenizer.json of a byte-level BPE ({error}): "
-                "choose another file, or write this one again with BPE.save"
+                f"{path} cannot be loaded as a byte-level BPE ({error}): choose another file, or "
+                "write this one again with BPE.save"
             ) from None
 
     @classmethod  # the last method, because above this line `bytes` must mean the type
@@ -429,120 +511,14 @@ class BPE:
         return cls.train([], 256 + len(set(special)), special=special)
 
 
-# --- tokenizer.json -------------------------------------------------------------------------------
-
-
-def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte: its own if it has one, else U+0100 and on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(0x100, 0x200))
-    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
-
-
-BYTE_TO_CHAR = byte_alphabet()
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-UNLIKE_OURS = ("normalizer", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-
-
-def to_chars(token: bytes) -> str:
-    """to_chars(b" the") is "Ġthe"."""
-    return token.decode("latin-1").translate(BYTE_TO_CHAR)
-
-
-def to_bytes(chars: str) -> bytes | None:
-    """to_bytes("Ġthe") is b" the", and None if some character stands for no byte."""
-    return bytes(map(CHAR_TO_BYTE.get, chars)) if CHAR_TO_BYTE.keys() >= set(chars) else None
-
-
-def to_json(bpe: BPE) -> dict[str, Any]:
-    """What Hugging Face's `tokenizers` reads as the same tokenizer."""
-    chars = [to_chars(token) for token in bpe.tokens]
-    split = {"type": "Split", "pattern": {"Regex": bpe.pattern}, "behavior": "Isolated"}
-    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    steps = [split | {"invert": False}, as_bytes | {"use_regex": False}]
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": id, "content": text, "special": True} | plain
-            for text, id in sorted(bpe.special.items(), key=lambda item: item[1])
-        ],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": as_bytes | {"use_regex": False},
-        "model": {
-            "type": "BPE",
-            "ignore_merges": True,  # a piece that is a token is that token
-            "vocab": {token: id for id, token in enumerate(chars) if token} | bpe.special,
-            "merges": [[chars[left], chars[right]] for left, right in bpe.merges],
-        },
-    }
-
-
-def from_json(file: Any) -> BPE:
-    """The tokenizer that a tokenizer.json describes; ValueError if it is not one like ours."""
-    match file:
-        case {"model": dict(model), "added_tokens": list(added), "pre_tokenizer": dict(steps)}:
-            vocab, merges = model.get("vocab"), model.get("merges")
-        case _:
-            raise ValueError("it has no model, no added_tokens or no pre_tokenizer")
-    if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise ValueError("its model has no vocab or no merges")
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError("its model is not BPE")
-    for key in UNLIKE_OURS:
-        if model.get(key) or file.get(key):
-            raise ValueError(f"it has a {key}, which changes the ids")
-    special = dict(map(read_special, added))
-    if len(special) != len(added):
-        raise ValueError("an added token is listed twice")
-    ordinary = {text: id for text, id in vocab.items() if special.get(text) != id}
-    tokens = read_tokens(ordinary, special)
-    bpe = BPE(tokens, [read_merge(pair, vocab) for pair in merges], special, read_pattern(steps))
-    if not model.get("ignore_merges"):  # then a token that no merges reach must not come out
-        for id, token in enumerate(tokens):
-            if token and bpe._merged(token) != [id]:
-                raise ValueError(f"its merges do not lead to the token {short(token)}")
-    return bpe
-
-
-def read_special(added: Any) -> tuple[str, int]:
-    match added:
-        case {"content": str(text), "id": int(id), **flags}:
-            if not any(flags.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
-                return text, id
-    raise ValueError(f"the added token {short(added)} is not a text with its id and nothing more")
-
-
-def read_tokens(vocab: dict[str, Any], special: dict[str, int]) -> list[bytes]:
-    """text -> id becomes id -> bytes, with b"" where a special token has the id."""
-    by_id = {id: to_bytes(text) for text, id in vocab.items() if isinstance(id, int)}
-    tokens = [by_id.get(id) or b"" for id in range(len(vocab) + len(special))]
-    if sum(map(bool, tokens)) != len(vocab):
-        raise ValueError("the ids of its vocab have gaps or doubles, or a token is not in bytes")
-    while tokens and not tokens[-1]:
-        tokens.pop()
-    return tokens
-
-
-def read_merge(pair: Any, vocab: dict[str, int]) -> Pair:
-    match pair.split(" ") if isinstance(pair, str) else pair:
-        case [str(left), str(right)] if left in vocab and right in vocab:
-            return vocab[left], vocab[right]
-    raise ValueError(f"the merge {short(pair)} does not name two tokens of the vocab")
-
-
-def read_pattern(steps: dict[str, Any]) -> str:
-    match steps.get("pretokenizers", [steps]):
-        case [{"type": "ByteLevel", "add_prefix_space": False, **level}]:
-            if level.get("use_regex", True):
-                return "gpt2"
-        case [
-            {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", **more},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            if not more.get("invert"):
-                return pattern
-    raise ValueError("its pre_tokenizer is neither GPT-2's ByteLevel nor Split, then ByteLevel")
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- the idea, shown ------------------------------------------------------------------------------

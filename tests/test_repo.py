@@ -18,8 +18,9 @@ from train import Train
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 LADDER = [  # a file imports from rungs below its own, or from an earlier place on it
-    ["run", "kernels", "tokenizer", "objectives", "optim", "tasks"],
-    ["attention", "data"],
+    ["run", "kernels", "pieces", "tokenizer_files", "objectives", "optim", "tasks"],
+    ["tokenizer", "attention", "model_files"],
+    ["data"],
     ["model"],
     ["step"],
     ["scaling", "lora", "quant"],
