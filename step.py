@@ -3,32 +3,26 @@
 Idea: the loss of a step is the sum over all its tokens divided by their number, however they are
 cut into micro-batches; then one clip of the whole gradient, then one move of the optimizer.
 
-Run: python step.py      our update against the same network in plain torch, side by side (a minute)
+Run: python -m pytest tests/test_step.py
 
 Papers: Pascanu et al. 2013, clipping (arXiv 1211.5063); Micikevicius et al. 2018, mixed precision
 (arXiv 1710.03740); Kalamkar et al. 2019, bfloat16 (arXiv 1905.12322).
 """
 
 import platform
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import tyro
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from attention import document_mask
 from kernels.cross_entropy import cross_entropy
-from model import ModelConfig, Transformer, count_parameters, training_flops
+from model import Transformer
 from objectives import IGNORE, Batch
-from optim import OPTIMIZERS, OptimConfig
-from run import UserError, generator, main
+from run import UserError
 
 # --- the update -----------------------------------------------------------------------------------
 
@@ -168,151 +162,3 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
-
-
-# --- against plain torch --------------------------------------------------------------------------
-
-
-class PlainTransformer(nn.Module):
-    """The default network in plain torch: nn.Linear, nn.RMSNorm, SDPA, F.cross_entropy.
-
-    Its parameters are copies of `model`'s, so it gives the same loss; here only its speed counts.
-    """
-
-    def __init__(self, model: Transformer):
-        super().__init__()
-        self.config = c = model.config
-        self.embedding = nn.Embedding(c.vocab_size, c.dim)
-        self.layers = nn.ModuleList(self.block(c) for _ in range(c.layers))
-        self.norm = nn.RMSNorm(c.dim, c.norm_eps)
-        with torch.no_grad():
-            for mine, theirs in zip(self.parameters(), model.parameters(), strict=True):
-                mine.copy_(theirs)
-
-    @staticmethod
-    def block(c: ModelConfig) -> nn.ModuleDict:
-        kv, width = c.kv_heads_or_heads * c.head_dim, c.ffn_width
-        shapes = {
-            "query": (c.dim, c.dim),
-            "key": (c.dim, kv),
-            "value": (c.dim, kv),
-            "output": (c.dim, c.dim),
-        }
-        ffn = {"up": (c.dim, width), "gate": (c.dim, width), "down": (width, c.dim)}
-        make = lambda shapes: {n: nn.Linear(*s, bias=False) for n, s in shapes.items()}  # noqa: E731
-        norms = [nn.RMSNorm(c.dim, c.norm_eps) for _ in range(2)]
-        return nn.ModuleDict({"norm1": norms[0], **make(shapes), "norm2": norms[1], **make(ffn)})
-
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        c, (B, T) = self.config, ids.shape
-        exponent = torch.arange(0, c.head_dim, 2, device=ids.device) / c.head_dim
-        angles = torch.arange(T, device=ids.device)[:, None] * c.rope_base**-exponent
-        cos, sin = angles.cos(), angles.sin()
-
-        def turn(x: Tensor) -> Tensor:
-            if c.qk_norm:
-                x = F.rms_norm(x, (c.head_dim,), eps=1e-6)
-            a, b = x.chunk(2, -1)
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-        x = self.embedding(ids)
-        for m in self.layers:
-            h = m["norm1"](x)
-            q, k, v = (
-                m[n](h).view(B, T, -1, c.head_dim).transpose(1, 2)
-                for n in ("query", "key", "value")
-            )
-            h = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True, enable_gqa=True)
-            x = x + m["output"](h.transpose(1, 2).reshape(B, T, -1))
-            h = m["norm2"](x)
-            x = x + m["down"](F.silu(m["gate"](h)) * m["up"](h))
-        logits = F.linear(self.norm(x), self.embedding.weight)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Time an update against the same network in plain torch, alternating in one process."""
-
-    model: ModelConfig = ModelConfig(dim=384, layers=6, heads=6, vocab_size=257)
-    batch: int = 12  # rows of a step
-    rounds: int = 9  # times that every arm is measured
-    device: str = "auto"  # auto, cpu, cuda or mps
-    compile: bool = False  # torch.compile for the plain network
-
-
-def arms(config: Bench, device: torch.device) -> dict[str, Callable[[], None]]:
-    """The four things to time: ours and plain torch, each in fp32 and bf16, each a whole update."""
-    rng = generator(0, "bench")
-    shape = (config.batch, config.model.context)
-    inputs, targets = (
-        torch.randint(config.model.vocab_size, shape, generator=rng) for _ in range(2)
-    )
-    batch = to(Batch(inputs, targets, torch.zeros(shape, dtype=torch.long)), device)
-
-    def ours(dtype: torch.dtype) -> Callable[[], None]:
-        model = Transformer(config.model).to(device)
-        optimizer = OPTIMIZERS["adamw"](model.named_parameters(), OptimConfig("adamw"), dtype)
-        return lambda: update(model, [batch], optimizer, 1e-3, 1.0, dtype)
-
-    def plain(dtype: torch.dtype) -> Callable[[], None]:
-        model = PlainTransformer(Transformer(config.model)).to(device)
-        model = torch.compile(model) if config.compile else model
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = model(batch.inputs, batch.targets)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            loss.item()
-
-        return step
-
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return {
-        f"{who} {n}": f(t)
-        for n, t in kinds.items()
-        for who, f in (("ours", ours), ("plain", plain))
-    }
-
-
-def bench() -> None:
-    config = tyro.cli(Bench)
-    device = pick_device(config.device)
-    steps = arms(config, device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in tqdm(range(config.rounds + 1), "measuring", leave=False, disable=None):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    model = Transformer(config.model)
-    tokens = config.batch * config.model.context
-    flops = tokens * training_flops(model, config.model.context)
-    print(f"{count_parameters(model):,} parameters, {tokens:,} tokens an update, "
-          f"{machine(device)}, torch {torch.__version__}")  # fmt: skip
-    for name, seconds in times.items():
-        t = statistics.median(seconds)
-        print(
-            f"{name:12} {1e3 * t:8.1f} ms   {tokens / t:9,.0f} tokens/s   "
-            f"{flops / t / 1e9:7,.0f} GFLOP/s"
-        )
-    for slow, fast in (
-        ("plain fp32", "ours fp32"),
-        ("plain bf16", "ours bf16"),
-        ("ours fp32", "ours bf16"),
-    ):
-        ratios = sorted(s / f for s, f in zip(times[slow], times[fast], strict=True))
-        low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
-        print(f"{fast} is {statistics.median(ratios):.2f} × as fast as {slow}   "
-              f"(middle 60 % of pairs: {low:.2f} … {high:.2f})")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(bench)

@@ -13,7 +13,6 @@ give the same, fast.
 
 Run: python tokenizer.py
      python tokenizer.py --text "How is this sentence cut?" --vocab-size 1024
-     python tokenizer.py --bench       against tiktoken and Hugging Face on this Python's own source
 
 Papers: Gage 1994, "A New Algorithm for Data Compression"; Sennrich et al. 2016 (arXiv 1508.07909);
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (bytes, split pattern).
@@ -531,7 +530,7 @@ class Settings:
     text: str = "Tokenizers cut 12345 naïve sentences into strings that often occur."  # what to cut
     vocab_size: int = 2048  # bytes, merges and one special token
     pattern: str = "gpt4"  # which pieces no merge crosses: gpt2, gpt4 or a regular expression
-    file: str = ""  # a tokenizer.json to cut with, instead of learning
+    file: str = ""  # a tokenizer to cut with, instead of learning: tokenizer.json, GPT-2's files
 
 
 def learn_from_manual(vocab_size: int, pattern: str) -> BPE:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from bench import Bench
 from data import Show, TokenizerConfig
 from model import ModelConfig, Transformer, count_parameters
-from step import Bench
 from train import Train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["scaling", "lora", "quant"],
     ["generate"],
     ["evaluate", "parallel"],
-    ["train", "align"],
+    ["train", "align", "bench"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
 
@@ -35,7 +35,7 @@ SMALL = "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16"
 TINY = {
     "train.py": f"--steps 2 --batch 2 {SMALL}",
     "generate.py": "--tokens 5",
-    "step.py": f"--rounds 1 {SMALL}",
+    "bench.py": f"--rounds 1 --megabytes 1 {SMALL}",
     "data.py": "--tokenizer.vocab-size 300",
     "tokenizer.py": "--vocab-size 300",
 }

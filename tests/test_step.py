@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels.cross_entropy as ce
+from bench import PlainTransformer
 from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_obvious
 from model import ModelConfig, Transformer
 from objectives import Batch
 from optim import OPTIMIZERS, OptimConfig
 from run import UserError
 from step import (
-    PlainTransformer,
     accumulate,
     clip_by_norm,
     cpu_flags,

@@ -1,0 +1,296 @@
+"""How fast the parts are beside what one would use instead: in turns, in one process, one table.
+
+Idea: a shared machine's speed drifts by a factor of two within minutes, so a time says little. Both
+sides of a comparison run alternately, and the ratio of each pair is kept: the table shows the
+median ratio and what the middle 60 % of them span.
+
+Run: python bench.py                       an update, learning a tokenizer, encoding (minutes)
+     python bench.py --only update         against the same network in plain torch
+     python bench.py --only tokenizer      against Hugging Face's tokenizers and tiktoken
+
+The kernels have a bench of their own, python -m kernels.bench, and so has writing,
+python generate.py --bench gpt2.
+"""
+
+import json
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import ModelConfig, Transformer, count_parameters, training_flops
+from objectives import Batch
+from optim import OPTIMIZERS, OptimConfig
+from pieces import SPLIT_PATTERNS
+from run import UserError, generator, main
+from step import machine, matmul_peak, pick_device, to, update
+from tokenizer import BPE, END_OF_TEXT
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time the parts against what one would use instead, alternating in one process."""
+
+    only: Literal["", "update", "tokenizer"] = ""  # one of the parts; empty: all
+    model: ModelConfig = ModelConfig(dim=384, layers=6, heads=6, vocab_size=257)
+    batch: int = 12  # rows of an update
+    rounds: int = 9  # times that every side of the update is measured; a third for the tokenizer
+    megabytes: int = 40  # of this Python's own source, for the tokenizer
+    device: str = "auto"  # of the update: auto, cpu, cuda or mps
+    compile: bool = False  # torch.compile for the plain network
+
+    def __post_init__(self):
+        if self.rounds < 1 or self.batch < 1 or self.megabytes < 1:
+            raise UserError("--rounds, --batch and --megabytes must each be at least 1")
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """A row of the table: of two sides that were measured in turns, seconds of each."""
+
+    what: str
+    ours: list[float]
+    peer: str
+    theirs: list[float]
+    work: float  # in one measurement
+    unit: str  # of work per second
+
+
+def race(sides: dict[str, Callable[[], object]], rounds: int, warm_up: int) -> dict[str, list]:
+    """Seconds of each side, `rounds` times, taking turns, after some that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in tqdm(range(warm_up + rounds), "measuring", leave=False, disable=None):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def shown(row: Comparison) -> str:
+    """The row as the table prints it."""
+    ratios = sorted(t / o for t, o in zip(row.theirs, row.ours, strict=True))
+    low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
+    ours, theirs = median(row.ours), median(row.theirs)
+    return (
+        f"{row.what:22} {1e3 * ours:10,.0f} {row.work / ours:11,.4g} {row.unit:9} "
+        f"{row.peer:18} {1e3 * theirs:10,.0f}   {median(ratios):5.2f} ({low:.2f} … {high:.2f})"
+    )
+
+
+HEAD = f"{'':22} {'ours, ms':>10} {'rate':>11} {'':9} {'against':18} {'ms':>10}   times as fast"
+
+
+# --- an update ------------------------------------------------------------------------------------
+
+
+class PlainTransformer(nn.Module):
+    """The default network in plain torch: nn.Linear, nn.RMSNorm, SDPA, F.cross_entropy.
+
+    Its parameters are copies of `model`'s, so it gives the same loss; here only its speed counts.
+    """
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.config = c = model.config
+        self.embedding = nn.Embedding(c.vocab_size, c.dim)
+        self.layers = nn.ModuleList(self.block(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.dim, c.norm_eps)
+        with torch.no_grad():
+            for mine, theirs in zip(self.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    @staticmethod
+    def block(c: ModelConfig) -> nn.ModuleDict:
+        kv, width = c.kv_heads_or_heads * c.head_dim, c.ffn_width
+        shapes = {
+            "query": (c.dim, c.dim),
+            "key": (c.dim, kv),
+            "value": (c.dim, kv),
+            "output": (c.dim, c.dim),
+        }
+        ffn = {"up": (c.dim, width), "gate": (c.dim, width), "down": (width, c.dim)}
+        make = lambda shapes: {n: nn.Linear(*s, bias=False) for n, s in shapes.items()}  # noqa: E731
+        norms = [nn.RMSNorm(c.dim, c.norm_eps) for _ in range(2)]
+        return nn.ModuleDict({"norm1": norms[0], **make(shapes), "norm2": norms[1], **make(ffn)})
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        c, (B, T) = self.config, ids.shape
+        exponent = torch.arange(0, c.head_dim, 2, device=ids.device) / c.head_dim
+        angles = torch.arange(T, device=ids.device)[:, None] * c.rope_base**-exponent
+        cos, sin = angles.cos(), angles.sin()
+
+        def turn(x: Tensor) -> Tensor:
+            if c.qk_norm:
+                x = F.rms_norm(x, (c.head_dim,), eps=1e-6)
+            a, b = x.chunk(2, -1)
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+        x = self.embedding(ids)
+        for m in self.layers:
+            h = m["norm1"](x)
+            q, k, v = (
+                m[n](h).view(B, T, -1, c.head_dim).transpose(1, 2)
+                for n in ("query", "key", "value")
+            )
+            h = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True, enable_gqa=True)
+            x = x + m["output"](h.transpose(1, 2).reshape(B, T, -1))
+            h = m["norm2"](x)
+            x = x + m["down"](F.silu(m["gate"](h)) * m["up"](h))
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def sides(config: Bench, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Four whole updates: ours and plain torch's, each in fp32 and bf16."""
+    rng = generator(0, "bench")
+    shape = (config.batch, config.model.context)
+    inputs, targets = (
+        torch.randint(config.model.vocab_size, shape, generator=rng) for _ in range(2)
+    )
+    batch = to(Batch(inputs, targets, torch.zeros(shape, dtype=torch.long)), device)
+
+    def wait() -> None:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+
+    def ours(dtype: torch.dtype) -> Callable[[], None]:
+        model = Transformer(config.model).to(device)
+        optimizer = OPTIMIZERS["adamw"](model.named_parameters(), OptimConfig("adamw"), dtype)
+        return lambda: (update(model, [batch], optimizer, 1e-3, 1.0, dtype), wait())
+
+    def plain(dtype: torch.dtype) -> Callable[[], None]:
+        model = PlainTransformer(Transformer(config.model)).to(device)
+        model = torch.compile(model) if config.compile else model
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(batch.inputs, batch.targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            wait()
+
+        return step
+
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return {
+        f"{who} {n}": f(t) for n, t in kinds.items() for who, f in (("our", ours), ("plain", plain))
+    }
+
+
+def of_update(config: Bench) -> Iterator[Comparison]:
+    device = pick_device(config.device)
+    model = Transformer(config.model)
+    tokens = config.batch * config.model.context
+    flops = training_flops(model, config.model.context)
+    peaks = [matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    print(
+        f"{count_parameters(model):,} parameters, {tokens:,} tokens an update, "
+        f"{flops / 1e6:.1f} MFLOP per token; a matrix product reaches "
+        f"{peaks[0] / 1e9:,.0f} GFLOP/s in fp32, {peaks[1] / 1e9:,.0f} in bf16"
+    )
+    times = race(sides(config, device), config.rounds, warm_up=1)
+    for ours, peer in (
+        ("our fp32", "plain fp32"),
+        ("our bf16", "plain bf16"),
+        ("our bf16", "our fp32"),
+    ):
+        yield Comparison(f"update, {ours[4:]}", times[ours], peer, times[peer], tokens, "tokens/s")
+
+
+# --- a tokenizer ----------------------------------------------------------------------------------
+
+
+def own_source(most: int) -> list[str]:
+    """The Python files that lie on this machine, in a fixed order, about `most` bytes of them."""
+    texts, size = [], 0
+    roots = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    for path in (path for root in roots for path in sorted(Path(root).rglob("*.py"))):
+        data = path.read_bytes() if size < most else b""
+        try:
+            texts.append(data.decode())
+            size += len(data)
+        except UnicodeDecodeError:
+            continue
+    return [text for text in texts if text]
+
+
+def learn_with_hugging_face(texts: list[str], vocab_size: int) -> list[list[str]]:
+    """The merges that their `tokenizers` learns in the same setting, as pairs of characters."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    theirs, level = tokenizers.Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERNS["gpt4"]), "isolated")
+    as_bytes = level(add_prefix_space=False, use_regex=False)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=level.alphabet(), special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )  # fmt: skip
+    theirs.train_from_iterator(texts, trainer)
+    return json.loads(theirs.to_str())["model"]["merges"]
+
+
+def of_tokenizer(config: Bench) -> Iterator[Comparison]:
+    texts = own_source(config.megabytes * 10**6)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{len(texts):,} files of Python source, {megabytes:.1f} MB")
+    rounds = -(-config.rounds // 3)
+    for vocab_size in (4096, 32768):
+        learn = {
+            "ours": partial(BPE.train, texts, vocab_size),
+            "theirs": partial(learn_with_hugging_face, texts, vocab_size),
+        }
+        try:
+            times = race(learn, rounds, warm_up=0).values()
+        except ImportError:
+            print("tokenizers, a library for developers, is not installed: learning is left out")
+            break
+        ours, theirs = times
+        yield Comparison(
+            f"learn {vocab_size:,} tokens", ours, "tokenizers", theirs, megabytes, "MB/s"
+        )
+    bpe = BPE.train(texts, 32768)
+    fresh = [BPE(bpe.tokens, bpe.merges, bpe.special, bpe.pattern) for _ in range(rounds)]
+    fast = bpe.to_tiktoken()
+    encode = {  # a new tokenizer each time, which remembers no piece
+        "ours": lambda: [*map(fresh.pop().encode, texts)],
+        "theirs": lambda: [*map(fast.encode_ordinary, texts)],
+    }
+    ours, theirs = race(encode, rounds, warm_up=0).values()
+    yield Comparison("encode", ours, "tiktoken", theirs, megabytes, "MB/s")
+    equal = [*map(bpe.encode, texts)] == [*map(fast.encode_ordinary, texts)]
+    print("our ids are tiktoken's" if equal else "OUR IDS ARE NOT TIKTOKEN'S")
+
+
+PARTS = {"update": of_update, "tokenizer": of_tokenizer}
+
+
+def bench() -> None:
+    config = tyro.cli(Bench)
+    print(f"{machine(pick_device(config.device))}, torch {torch.__version__}")
+    rows = [
+        row for name, part in PARTS.items() if config.only in ("", name) for row in part(config)
+    ]
+    print("\n" + "\n".join([HEAD, *map(shown, rows)]))
+
+
+if __name__ == "__main__":
+    main(bench)
