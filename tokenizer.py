@@ -386,7 +386,7 @@ class BPE:
         place that is known to be one, so all of it waits) and where no special token is cut.
         """
         known = self.pattern in ASCII_PATTERNS
-        tail = max(map(len, self.special), default=1) - 1 if special != "text" else 0
+        tail = max(map(len, self.special), default=0) if special != "text" else 0
         waiting: list[str] = []
         size, enough = 0, BLOCK
         for text in texts:
