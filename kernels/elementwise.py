@@ -246,11 +246,13 @@ def rotate_pair_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
             f"rotate_pair: q {tuple(q.shape)} of {dtype} and k {tuple(k.shape)} of {k.dtype} must "
             "be (B T H D) and (B T K D) of one dtype, with an even D"
         )
-    for name, x in (("cos", cos), ("sin", sin)):
-        if x.shape not in ((B, T, D // 2), (1, T, D // 2)):
-            raise ValueError(
-                f"rotate_pair: {name} {tuple(x.shape)} must be {(B, T, D // 2)} or {(1, T, D // 2)}"
-            )
+    for name, x, shapes in (
+        ("cos", cos, ((B, T, D // 2), (1, T, D // 2))),
+        ("sin", sin, (tuple(cos.shape),)),
+    ):
+        if x.shape not in shapes:
+            wanted = " or ".join(str(shape) for shape in shapes)
+            raise ValueError(f"rotate_pair: {name} {tuple(x.shape)} must be {wanted}")
     return TritonRotation.apply(q, k, cos.contiguous(), sin.contiguous())
 
 

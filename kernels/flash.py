@@ -598,7 +598,10 @@ class TritonAttention(torch.autograd.Function):
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         mask, (B, H, T, D), (K, S) = ctx.mask, q.shape, k.shape[1:3]
         tma = by_hardware(q)
-        M, padded = queries_at_once(D, q.dtype, mask, tma), launch.ceil_div(T, 128) * 128
+        M, whole = queries_at_once(D, q.dtype, mask, tma), 128
+        if mask.layout is not None:  # the key kernel walks over whole blocks of it
+            whole = max(whole, mask.block)
+        padded = launch.ceil_div(T, whole) * whole
         sums = lse2.new_empty(B, H, 2, padded)
         seen = lse2.new_empty(len(mask.lo), 2, padded, dtype=torch.int32)
         bounds = lse2.new_empty(len(mask.lo), 4, padded // M, dtype=torch.int32)

@@ -267,6 +267,7 @@ class TritonNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, centre):
         ctx.set_materialize_grads(False)
+        weight, bias = (w if w is None else w.contiguous() for w in (weight, bias))
         table = rows(x)
         add = None if branch is None else rows(branch)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

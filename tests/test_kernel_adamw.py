@@ -58,6 +58,27 @@ def check_against_obvious(seed, shapes, dtype, *options):
     )
 
 
+@given(seeds, st.integers(0, 3), st.integers(0, 40))
+def test_what_lies_around_a_tensor_stays(seed, odd, n):
+    """Tensors cut out of one buffer, not at multiples of 16 bytes, with numbers between them."""
+    memory = torch.full((4 * 3 * 64 + 2 * ours.CHUNK,), 7.0, device=DEVICE)
+    buffer = memory[: 4 * 3 * 64].view(4, 3, 64)
+    tensors = [[buffer[kind, i, odd : odd + n] for i in range(3)] for kind in range(4)]
+    for kind, xs in zip(tensors, state_for(seed, [(n,)] * 3), strict=True):
+        for tensor, x in zip(kind, xs, strict=True):
+            tensor.copy_(x)
+    want = buffer.clone()
+    same = [[want[kind, i, odd : odd + n] for i in range(3)] for kind in range(4)]
+    options = 2, 0.1, [0.1, 0.0], 0.9, 0.95, 1e-8
+    adamw_triton(*(x[:2] for x in tensors), *options)  # the third is not listed
+    adamw_obvious(*(x[:2] for x in same), *options)
+    torch.testing.assert_close(buffer, want, rtol=1e-5, atol=1e-6)
+    inside = torch.zeros(64, dtype=torch.bool)
+    inside[odd : odd + n] = True
+    assert (buffer[:, :, ~inside] == 7).all() and (memory[buffer.numel() :] == 7).all()
+    assert torch.equal(buffer[:, 2], want[:, 2]) and torch.equal(buffer[1], want[1])
+
+
 @given(
     seeds,
     st.lists(st.sampled_from([(0,), (1,), (3, 5), (1024,), (7, 150)]), min_size=1, max_size=4),
@@ -117,24 +138,15 @@ def test_addresses_are_sent_again_only_when_a_tensor_has_moved():
     assert all(chunks is pointers[0][1] for _, chunks in pointers)
 
 
-@given(seeds, st.integers(0, 3), st.integers(0, 40))
-def test_what_lies_around_a_tensor_stays(seed, odd, n):
-    """Tensors cut out of one buffer, not at multiples of 16 bytes, with numbers between them."""
-    buffer = torch.full((4, 3, 64), 7.0, device=DEVICE)
-    tensors = [[buffer[kind, i, odd : odd + n] for i in range(3)] for kind in range(4)]
-    for kind, xs in zip(tensors, state_for(seed, [(n,)] * 3), strict=True):
-        for tensor, x in zip(kind, xs, strict=True):
-            tensor.copy_(x)
-    want = buffer.clone()
-    same = [[want[kind, i, odd : odd + n] for i in range(3)] for kind in range(4)]
-    options = 2, 0.1, [0.1, 0.0], 0.9, 0.95, 1e-8
-    adamw_triton(*(x[:2] for x in tensors), *options)  # the third is not listed
-    adamw_obvious(*(x[:2] for x in same), *options)
-    torch.testing.assert_close(buffer, want, rtol=1e-5, atol=1e-6)
-    inside = torch.zeros(64, dtype=torch.bool)
-    inside[odd : odd + n] = True
-    assert (buffer[:, :, ~inside] == 7).all()
-    assert torch.equal(buffer[:, 2], want[:, 2]) and torch.equal(buffer[1], want[1])
+def test_a_decay_that_is_changed_in_the_list_is_seen():
+    lists = state_for(6, [(5,), (40,)])
+    same = [[x.clone() for x in tensors] for tensors in lists]
+    table, decays = Table(), [0.1, 0.2]
+    for t in (1, 2):
+        adamw_triton(*lists, t, 0.1, decays, 0.9, 0.95, 1e-8, 1.0, table)
+        adamw_obvious(*same, t, 0.1, decays, 0.9, 0.95, 1e-8)
+        decays[1] = 0.9
+    torch.testing.assert_close(lists, same, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gradient_in_another_layout_is_copied():
@@ -173,6 +185,8 @@ def test_bad_input_is_refused():
         change(lists)
         p, g, m, v, decays = lists.values()
         with pytest.raises(ValueError, match=message):
+            ours.verify(p, g, m, v, decays)
+        with pytest.raises(ValueError, match=message):
             adamw_triton(p, g, m, v, 1, 0.1, decays, 0.9, 0.95, 1e-8)
 
     def put(name, x):
@@ -185,6 +199,8 @@ def test_bad_input_is_refused():
     refused(r"grads\[1\] is \(4,\)", put("grads", torch.zeros(4)))
     refused(r"ms\[1\] is \(5,\) with strides", put("ms", torch.zeros(10)[::2]))
     refused(r"grads\[1\] is on meta", lambda l: l["grads"].__setitem__(1, l["grads"][1].to("meta")))
+    refused(r"grads\[0\] is on meta", lambda l: l.update(grads=[g.to("meta") for g in l["grads"]]))
+    refused("supported are", lambda l: l.update(grads=[g.double() for g in l["grads"]]))
     refused("on meta", lambda l: l["params"].__setitem__(1, l["params"][1].to("meta")))
 
 

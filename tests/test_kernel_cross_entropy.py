@@ -94,6 +94,16 @@ def test_every_option_s_value_and_gradients(dtype, options):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_in_torch_s_chunks(options):
+    inputs = normals(0, (7, 24), (50, 24))
+    targets = torch.tensor([0, 49, IGNORE, 7, 48, IGNORE, 31])
+    for size in (2**28, 300):
+        got = with_chunks_of(size, results, cross_entropy, inputs, targets, *options)
+        for g, want in zip(got, results(obvious, inputs, targets, *options), strict=True):
+            assert_close(g, want, 1e-11)
+
+
 @given(problems([torch.float64]), options)
 def test_torch_s_chunks_are_the_obvious_loss(problem, options):
     hidden, weight, targets, size = (x.cpu() if isinstance(x, torch.Tensor) else x for x in problem)

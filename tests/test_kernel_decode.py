@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import (
+    CUDA,
     DEVICE,
     LAYOUTS,
     LOW,
     assert_as_good_as_torch,
+    far,
     layouts,
     normals,
     seeds,
@@ -73,12 +75,12 @@ def half(seed: int, *shapes) -> list[torch.Tensor]:
     return [x.detach().to(DEVICE) for x in normals(seed, *shapes, dtype=torch.float16)]
 
 
-@pytest.mark.parametrize("programs", [1, 3, 14])
+@pytest.mark.parametrize("programs", [1, 3, 25, 60])
 def test_the_number_of_shares_does_not_matter(programs, monkeypatch):
-    """One, a few, and more than there are blocks of keys."""
+    """One, a few, more than are merged at a time, and more than there are blocks of keys."""
     monkeypatch.setattr(module, "PROGRAMS", programs)
-    inputs = half(0, (1, 3, 1, 16), (1, 3, 200, 16), (1, 3, 200, 16))
-    assert_as_good_as_torch(decode_triton, decode_obvious, inputs, interval((5, 150)), 0.25)
+    inputs = half(0, (1, 3, 1, 16), (1, 3, 400, 16), (1, 3, 400, 16))
+    assert_as_good_as_torch(decode_triton, decode_obvious, inputs, interval((5, 390)), 0.25)
 
 
 def test_keys_outside_the_interval_are_not_looked_at():
@@ -116,14 +118,14 @@ def test_two_runs_give_the_same_bits():
     assert torch.equal(first, second)
 
 
+@pytest.mark.skipif(CUDA, reason="the memory of this machine is only promised")
 def test_keys_more_than_two_billion_numbers_apart():
-    """Offsets beyond 2³¹ elements: the third of three keys, in memory that is never filled."""
-    q, k, v = half(0, (1, 1, 1, 16), (1, 1, 3, 16), (1, 1, 3, 16))
-    far = torch.empty((1 << 31) + 16, dtype=torch.float16, device=DEVICE)
-    far = far.as_strided((1, 1, 3, 16), (0, 0, 1 << 30, 1))
-    want = decode_triton(q, k, v, interval((0, 2)), 0.25)
-    assert torch.equal(decode_triton(q, far.copy_(k), v, interval((0, 2)), 0.25), want)
-    assert torch.equal(decode_triton(q, k, far.copy_(v), interval((0, 2)), 0.25), want)
+    q, k, v = half(0, (1, 1, 1, 16), (1, 1, 4, 16), (1, 1, 4, 16))
+    rows, _ = far(torch.float16, 4, 16)
+    want = decode_triton(q, k, v, interval((0, 3)), 0.25)
+    apart = rows[None, None]
+    assert torch.equal(decode_triton(q, apart.copy_(k), v, interval((0, 3)), 0.25), want)
+    assert torch.equal(decode_triton(q, k, apart.copy_(v), interval((0, 3)), 0.25), want)
 
 
 def test_on_a_cpu_torch_computes_it():

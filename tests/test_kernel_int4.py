@@ -68,7 +68,8 @@ def test_a_code_lies_where_the_layout_says():
 
 @given(
     seeds, st.integers(1, 4), st.integers(1, 300), groups,
-    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.floats(-3, 3),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from([-9.0, -1.0, 0.0, 1.0, 9.0]),
 )  # fmt: skip
 def test_a_weight_is_within_half_a_step(seed, N, K, group, dtype, shift):
     weight = (normal(seed, N, K) + shift).to(dtype)
@@ -80,6 +81,25 @@ def test_a_weight_is_within_half_a_step(seed, N, K, group, dtype, shift):
     step = scales.double().repeat_interleave(group, 1)[:, :K]
     assert ((got - weight.double()).abs() <= step * (0.5 + 1e-6)).all()
     assert (got[weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_both_ends_of_a_group_are_within_half_a_step(dtype):
+    """Ends ±7.5 steps from 0, of which one comes to lie beyond code 15 if the step is too small."""
+    end = torch.linspace(1, 2, 100, device=DEVICE).to(dtype)
+    weight = torch.stack((-end, end), 1)
+    packed, scales, zeros = quantize_int4_obvious(weight, 32)
+    got = dequantize_int4(packed, scales.double(), zeros, 2, 32)
+    assert ((got - weight.double()).abs() <= scales.double() * (0.5 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_is_a_member_of_a_group_without_it(sign):
+    weight = sign * (torch.linspace(5, 6, 32, device=DEVICE))[None]
+    packed, scales, zeros = quantize_int4_obvious(weight, 32)
+    assert zeros.item() == (0 if sign == 1 else 15)
+    error = (dequantize_int4(packed, scales, zeros, 32, 32) - weight).abs()
+    assert (error <= scales * (0.5 + 1e-5)).all()
 
 
 def test_a_group_of_zeros_or_of_tiny_numbers_is_no_special_case():
@@ -234,6 +254,7 @@ def test_bad_input_is_refused():
         refused("group is", x, words, scales, zeros, None, group)
     refused("packed is", x, words[:, :16], scales, zeros)
     refused("packed is", x[:, :0], words, scales, zeros)
+    refused("packed is", x[:, :0], words[:, :0], scales[:, :0], zeros[:, :0])
     refused("packed is torch.int64", x, words.long(), scales, zeros)
     refused("scales is", x, words, scales, zeros, None, 64)
     refused("scales is torch.float16", x, words, scales.half(), zeros)

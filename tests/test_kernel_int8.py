@@ -181,6 +181,23 @@ def test_the_longest_row_does_not_overflow():
     assert y.item() == -127 * 127 * int8.MOST
 
 
+def test_more_than_eight_tiles_of_rows():
+    """They take turns eight at a time."""
+    x, weight = integers(0, 150, 8), integers(1, 40, 8)
+    x[:, 0] = 127
+    with poisoned():
+        got = int8_linear_triton(x.float(), weight.to(torch.int8), torch.ones(40, device=DEVICE))
+    assert torch.equal(got.long(), (x[:, None] * weight).sum(2))
+
+
+@given(seeds, st.integers(1, 20), layouts, layouts)
+def test_outliers_are_gathered_from_any_layout(seed, k, layout, other):
+    x, columns = strided(normal(seed, 4, 20), layout), strided(some_columns(seed, 20, k), other)
+    with poisoned():
+        _, _, outliers = int8.quantized(x, columns)
+    assert torch.equal(outliers[:, :k], x[:, columns]) and (outliers[:, k:] == 0).all()
+
+
 @pytest.mark.parametrize("function", [int8_linear_obvious, int8_linear_triton])
 @pytest.mark.parametrize("given_weight", [False, True])
 def test_outliers_apart_save_the_rest(function, given_weight):
@@ -282,6 +299,7 @@ def test_bad_input_is_refused():
     refused("1 to 65536", x.new_zeros(1, 70000), q.new_zeros(1, 70000), scale[:1])
     refused("weight_scale is", x, q, scale[:4])
     refused("bias is", x, q, scale, scale[:4])
+    refused(r"bias is \(5,\) on meta", x, q, scale, scale.to("meta"))
     refused("columns are torch.int32", x, q, scale, None, columns.int())
     refused("columns is", x, q, scale, None, columns[None])
     refused("needs columns", x, q, scale, None, None, q.float())

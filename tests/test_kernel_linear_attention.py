@@ -151,7 +151,7 @@ def test_large_sums_do_not_overflow_half_precision():
 
 
 def test_twice_the_same_bits():
-    inputs = draw_inputs(1, 2, 4, 2, 50, 20, 24, torch.float16)
+    inputs = draw_inputs(1, 1, 2, 1, 40, 20, 24, torch.float16)
     first, second = (results(linear_attention_triton, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

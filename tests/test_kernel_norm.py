@@ -3,10 +3,12 @@
 import pytest
 import torch
 from helpers import (  # fmt: skip
+    CUDA,
     DEVICE,
     LOW,
     assert_as_good_as_torch,
     assert_close,
+    far,
     layouts,
     normals,
     results,
@@ -55,17 +57,21 @@ def test_rmsnorm_in_low_precision_is_as_good_as_the_obvious_one(dtype):
 )
 @given(
     seeds, st.integers(0, 5), st.integers(1, 9), st.integers(1, 70), st.floats(1e-8, 1),
-    st.sampled_from(LOW), layouts, layouts, st.booleans(),
+    st.sampled_from(LOW), layouts, layouts, layouts, st.booleans(), st.sampled_from([1, 1000]),
 )  # fmt: skip
 def test_triton_is_as_good_as_torch(
-    name, bias, seed, B, T, C, eps, dtype, layout, other, fp32_weight
+    name, bias, seed, B, T, C, eps, dtype, layout, other, third, fp32_weight, magnitude
 ):
-    """Any rows, widths and strides; weights in fp32 beside a stream in 16 bits too."""
+    """Any rows, widths and strides; weights in fp32 beside a stream in 16 bits too.
+
+    The squares of numbers around 1000 are beyond fp16.
+    """
     shapes = (B, T, C), (B, T, C), (C,), (C,)
     x, branch, w, b = (x.to(DEVICE).detach().requires_grad_() for x in normals(seed, *shapes))
-    x, branch = (t.detach().to(dtype).requires_grad_() for t in (x, branch))
+    x, branch = ((t.detach() * magnitude).to(dtype).requires_grad_() for t in (x, branch))
     x, branch = strided(x, layout), strided(branch, other)
     w, b = (t.detach().to(torch.float32 if fp32_weight else dtype).requires_grad_() for t in (w, b))
+    w, b = strided(w, third), strided(b, third)
     inputs = [x, *([branch] if "add" in name else []), w]
     inputs += [b if bias else None] if "layernorm" in name else []
     functions = (getattr(norm, f"{name}_{kind}") for kind in ("triton", "obvious"))
@@ -85,29 +91,40 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("function", [norm.rmsnorm_triton])
-def test_rows_more_than_two_billion_numbers_apart(function):
-    far = torch.empty(2 * (1 << 30) + 64, dtype=torch.float16).as_strided((3, 64), (1 << 30, 1))
-    x, w = normals(0, (3, 64), (64,), dtype=torch.float16)
-    far.copy_(x.detach())
-    assert torch.equal(function(far, w, 1e-5), function(x, w, 1e-5))
+@pytest.mark.skipif(CUDA, reason="the memory of this machine is only promised")
+def test_rows_more_than_two_billion_numbers_apart():
+    x, w, branch = normals(0, (4, 64), (64,), (4, 64), dtype=torch.float16)
+    rows, _ = far(torch.float16, 4, 64)
+    rows.copy_(x.detach())
+    assert torch.equal(norm.rmsnorm_triton(rows, w, 1e-5), norm.rmsnorm_triton(x, w, 1e-5))
+    want = norm.add_rmsnorm_triton(branch, x, w, 1e-5)
+    for got, near in zip(norm.add_rmsnorm_triton(branch, rows, w, 1e-5), want, strict=True):
+        assert torch.equal(got, near)
 
 
 @pytest.mark.parametrize(
-    "words, x, branch, w",
+    "words, x, branch, w, b",
     [
-        ("at most 16384", torch.zeros(2, 20000), None, torch.zeros(20000)),
-        ("weight is", torch.zeros(2, 4), None, torch.zeros(5)),
-        ("branch", torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4)),
-        ("x is torch.float64", torch.zeros(2, 4).double(), None, torch.zeros(4)),
+        ("at most 16384", torch.zeros(2, 20000), None, torch.zeros(20000), None),
+        ("at most 16384", torch.zeros(2, 0), None, torch.zeros(0), None),
+        ("weight is", torch.zeros(2, 4), None, torch.zeros(5), None),
+        ("bias is", torch.zeros(2, 4), None, torch.zeros(4), torch.zeros(5)),
+        ("branch", torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4), None),
+        ("of torch.float16", torch.zeros(2, 4), torch.zeros(2, 4).half(), torch.zeros(4), None),
+        ("x is torch.float64", torch.zeros(2, 4).double(), None, torch.zeros(4), None),
     ],
 )
-def test_bad_input_gets_one_sentence(words, x, branch, w):
+def test_bad_input_gets_one_sentence(words, x, branch, w, b):
     with pytest.raises(ValueError, match=words):
         if branch is None:
-            norm.rmsnorm_triton(x, w, 1e-5)
+            norm.layernorm_triton(x, w, b, 1e-5)
         else:
-            norm.add_rmsnorm_triton(x, branch, w, 1e-5)
+            norm.add_layernorm_triton(x, branch, w, b, 1e-5)
+
+
+def test_the_widest_row():
+    inputs = normals(0, (2, norm.WIDEST), (norm.WIDEST,), dtype=torch.float32)
+    assert_as_good_as_torch(norm.rmsnorm_triton, norm.rmsnorm_obvious, inputs, 1e-5)
 
 
 def launches(rows: int, C: int, dtype: torch.dtype, centre: bool):
