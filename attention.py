@@ -9,17 +9,22 @@ of them depends on their distance only.
 Run: python -m pytest tests/test_attention.py
 
 To add a position scheme: one subclass of `NoPosition`, one entry in POSITIONS, one oracle in
-tests/reference.py. To add a kind of attention: one function with the signature of
+tests/reference.py. To stretch RoPE over longer texts in another way: one function of its
+frequencies, one entry in SCALINGS. To add a kind of attention: one function with the signature of
 `kernels.attention.attend`, one entry in ATTENTIONS.
 
-Papers: Vaswani et al. 2017 (arXiv 1706.03762); Su et al. 2021, RoPE (arXiv 2104.09864);
-Ainslie et al. 2023, grouped-query attention (arXiv 2305.13245); Henry et al. 2020, query-key
-normalization (arXiv 2010.04245).
+Papers: Vaswani et al. 2017 (arXiv 1706.03762); Su et al. 2021, RoPE (arXiv 2104.09864); Chen et
+al. 2023, its linear scaling (arXiv 2306.15595); Grattafiori et al. 2024, Llama 3 (arXiv
+2407.21783); Ainslie et al. 2023, grouped-query attention (arXiv 2305.13245); Henry et al. 2020,
+query-key normalization (arXiv 2010.04245).
 
 Letters: B batch · T positions that look · S positions looked at · C model width · H heads ·
 K key-value heads · D head width · P positions already in the cache.
 """
 
+from collections.abc import Callable
+from functools import partial
+from math import tau
 from typing import NamedTuple
 
 import torch
@@ -118,25 +123,61 @@ class Learned(NoPosition):
         return x + self.table[positions].to(x.dtype)
 
 
+def unscaled(theta: Tensor, config) -> Tensor:
+    return theta
+
+
+def linear(theta: Tensor, config) -> Tensor:
+    """θ / factor: positions of a longer text are pressed into the known ones (Chen et al. 2023)."""
+    return theta / config.rope_factor
+
+
+def llama3(theta: Tensor, config) -> Tensor:
+    """(1 − s) θ / factor + s θ, where s = (n − low) / (high − low), cut to 0 … 1.
+
+    n = context / wavelength is how often an angle turned in the context of the first training. What
+    turned often tells near from far and stays (s = 1); what turned less than `low` times is slowed
+    down as in `linear` (s = 0). From `apply_scaling` in Meta's code of Llama 3.1.
+    """
+    wavelength = tau / theta  # in positions
+    n = config.rope_context / wavelength
+    s = ((n - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    return (1 - s) * theta / config.rope_factor + s * theta
+
+
+SCALINGS = {"none": unscaled, "linear": linear, "llama3": llama3}
+
+
 class Rope(NoPosition):
     """θ_i = base^(−2i/D); query and key at position m are turned by the angles m·θ_i (eq. 15).
 
     The pair that is turned together is (i, i + D/2), as in Hugging Face's Llama files; the paper's
-    (2i, 2i + 1) is the same up to a permutation of the channels. Angles are computed in fp32.
+    (2i, 2i + 1) is the same up to a permutation of the channels. `scale` may change the θ_i.
     """
 
-    def __init__(self, head_dim: int, base: float):
+    def __init__(
+        self, head_dim: int, base: float, scale: Callable[[Tensor], Tensor] = lambda theta: theta
+    ):
         super().__init__()
-        self.head_dim, self.base = head_dim, base
+        self.head_dim, self.base, self.scale = head_dim, base, scale
 
     def rotation(self, positions: Tensor) -> Rotation:
+        """In fp32, and θ as 1 / base^…, in the steps of the code that published files come from.
+
+        Far out that matters: θ's last bit, times a position of 100,000, is an angle of 0.006.
+        """
         exponent = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
-        angles = positions[..., None] * self.base**-exponent  # B T D/2
+        angles = positions[..., None] * self.scale(1 / self.base**exponent)  # B T D/2
         return angles.cos(), angles.sin()
 
 
+def rope(config) -> Rope:
+    scale = partial(SCALINGS[config.rope_scaling], config=config)
+    return Rope(config.head_dim, config.rope_base, scale)
+
+
 POSITIONS = {
-    "rope": lambda config: Rope(config.head_dim, config.rope_base),
+    "rope": rope,
     "learned": lambda config: Learned(config.dim, config.context),
     "none": lambda config: NoPosition(),
 }

@@ -420,7 +420,7 @@ def encode(tokenizer: BPE, fast: tiktoken.Encoding, texts: list[str]) -> list[li
     try:
         return fast.encode_batch(texts, num_threads=2, disallowed_special=())
     except ValueError:
-        return [tokenizer.encode(text) for text in texts]
+        return [*tokenizer.encode_batch(texts)]
 
 
 def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> BPE:

@@ -10,6 +10,8 @@ Run: python generate.py                              three samples from the newe
      python generate.py --prompt "Return the" --greedy
      python generate.py --bench gpt2 --samples 1       how fast this machine writes
 
+With `--model FOLDER` the model is not a run's but a GPT-2 or Llama in Hugging Face's layout.
+
 Papers: Fan et al. 2018, top-k (arXiv 1805.04833); Holtzman et al. 2020, top-p (arXiv 1904.09751);
 Pope et al. 2023, the cache (arXiv 2211.05102).
 
@@ -19,8 +21,8 @@ Letters: B samples at once · T new tokens · S tokens in the cache · V vocabul
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
@@ -31,10 +33,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention import KeyValue, Mask
-from model import NORMS, PRESETS, ModelConfig, Transformer, count_parameters
-from run import RUNS, Run, UserError, generator, load_tensors, main
+from model import NORMS, PRESETS, ModelConfig, Transformer, assembled, count_parameters, fill
+from model_files import Weights, begin_and_ends
+from run import RUNS, Run, UserError, generator, main, read_json, settings
 from step import pick_device, pick_dtype
-from tokenizer import BPE
+from tokenizer import BPE, END_OF_TEXT
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,12 @@ def choose(logits: Tensor, how: Sampling, u: Tensor) -> Tensor:
 
 
 def tokens_on_device(
-    model: Transformer, prompts: list[list[int]], tokens: int, how: Sampling, seed: int
+    model: Transformer,
+    prompts: list[list[int]],
+    tokens: int,
+    how: Sampling,
+    seed: int,
+    never: Sequence[int] = (),
 ) -> Iterator[Tensor]:
     """The next token of each prompt (B), `tokens` times: nothing here waits for a GPU."""
     longest, device = max(map(len, prompts)), model.embedding.device
@@ -183,8 +191,11 @@ def tokens_on_device(
     u = torch.stack(drawn, 1).to("cuda" if ids.is_cuda else "cpu")  # T B
     cache = Cache(model, len(prompts), longest + tokens - 1)
 
+    unknown = torch.tensor(never, dtype=torch.long, device=device)
+
     def step() -> Tensor:
-        return next_logits(model, cache, ids, place, pads)
+        logits = next_logits(model, cache, ids, place, pads)
+        return logits.index_fill(-1, unknown, -torch.inf) if never else logits
 
     logits = step()
     ids, place = ids[:, -1:].clone(), place[-1:].clone()
@@ -226,12 +237,13 @@ def generate(
     how: Sampling,
     stop: set[int],
     seed: int,
+    never: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
     """Continue each prompt by at most `tokens` tokens; yields one a prompt, None where it ended.
 
     A sample ends at a stop token, which is yielded too; all end when the longest prompt and its
     text have filled the context. Sample i draws from its own stream of randomness, whatever stands
-    beside it.
+    beside it. No token of `never` is drawn.
     """
     longest, room = max(map(len, prompts)), model.config.context
     if min(map(len, prompts)) == 0:
@@ -242,7 +254,7 @@ def generate(
         )
     tokens = min(tokens, room - longest + 1)
     done = [False] * len(prompts)
-    for chosen in read(tokens_on_device(model, prompts, tokens, how, seed)):
+    for chosen in read(tokens_on_device(model, prompts, tokens, how, seed, never)):
         yield [None if ended else t for ended, t in zip(done, chosen, strict=True)]
         done = [ended or t in stop for ended, t in zip(done, chosen, strict=True)]
         if all(done):
@@ -252,48 +264,63 @@ def generate(
 # --- loading --------------------------------------------------------------------------------------
 
 
-def model_config(values: object, where: Path) -> ModelConfig:
-    """The settings of a model from a config.json; UserError where they are none."""
-    known = asdict(ModelConfig())
-    if not isinstance(values, dict) or set(values) - set(known):
-        raise UserError(f"{where} does not describe a model of this program")
-    for name, value in values.items():
-        if type(value) is not type(known[name]):
-            raise UserError(f"{where}: model.{name} cannot be {value!r}")
-    return ModelConfig(**values)
-
-
 def load_weights(model: Transformer, path: Path) -> None:
     """Fill a model from model.safetensors; UserError if names or shapes are others."""
-    tensors, own = load_tensors(path), model.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        have, want = (tuple(d[name].shape) if name in d else None for d in (tensors, own))
-        if have != want:
-            raise UserError(f"{path} does not fit its config.json: {name} is {have}, not {want}")
-    model.load_state_dict(tensors)
+    fill(model, Weights([path]))
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> BPE:
-    """The tokenizer of a run; UserError if it is damaged or is not the model's own."""
+    """UserError if it is damaged, or has ids that a model of vocab_size tokens does not know."""
     try:
         tokenizer = BPE.load(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from None
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens but the model was trained with "
-            f"{vocab_size}: this is not its tokenizer"
+            f"{path} has {tokenizer.vocab_size} tokens but the model knows {vocab_size}: "
+            "this is not its tokenizer"
         )
     return tokenizer
 
 
-def load(run: Run, device: torch.device) -> tuple[Transformer, BPE]:
-    """A run's newest whole checkpoint and its tokenizer."""
-    config = model_config(run.config().get("model"), run.folder / "config.json")
-    tokenizer = load_tokenizer(run.folder / "tokenizer.json", config.vocab_size)
-    model = Transformer(config)
-    load_weights(model, run.newest() / "model.safetensors")
-    return model.to(device).eval(), tokenizer
+class Writer(NamedTuple):
+    """A model, and how texts become ids that it knows."""
+
+    model: Transformer
+    tokenizer: BPE
+    begin: list[int]  # what stands before every text
+    stop: set[int]  # what ends one
+
+
+def load(run: Run, device: torch.device) -> Writer:
+    """A run's newest whole checkpoint, and the tokenizer that it was trained with."""
+    where = f"{run.folder}/config.json"
+    config = settings(ModelConfig, run.config().get("model"), where, "model.")
+    path, newest = run.folder / "tokenizer.json", run.newest()
+    tokenizer = load_tokenizer(path, config.vocab_size)
+    trained = read_json(newest / "train_state.json").get("text")
+    if not str(trained).startswith(f"{tokenizer.fingerprint}-"):
+        raise UserError(f"{path} is not the tokenizer that {run.folder} was trained with")
+    model = assembled(config, Weights([newest / "model.safetensors"]))
+    end = tokenizer.end_of_text
+    return Writer(model.to(device).eval(), tokenizer, [end], {end})
+
+
+def load_folder(folder: Path, device: torch.device) -> Writer:
+    """The GPT-2 or Llama of a Hugging Face folder, with its tokenizer.
+
+    What begins and what ends a text, config.json says, or else the tokenizer's end of text.
+    """
+    model = Transformer.load(folder)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    end = {id for text, id in tokenizer.special.items() if text == END_OF_TEXT}
+    begin, stop = (ids & known_ids(tokenizer) or end for ids in begin_and_ends(folder))
+    return Writer(model.to(device).eval(), tokenizer, sorted(begin), stop)
+
+
+def known_ids(tokenizer: BPE) -> set[int]:
+    """The ids that stand for a text: a vocabulary may have gaps, an embedding more rows."""
+    return {*tokenizer.special.values(), *(i for i, token in enumerate(tokenizer.tokens) if token)}
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> None:
@@ -314,6 +341,7 @@ class Generate(Sampling):
     run: str = (
         ""  # a run's name or folder; empty: the newest (a small one is trained if there is none)
     )
+    model: str = ""  # instead of a run: the folder of a GPT-2 or Llama in Hugging Face's layout
     prompt: str = ""  # what the text begins with; empty: the beginning of a document
     samples: int = 3  # texts written at once
     tokens: int = 200  # longest text, in tokens
@@ -327,10 +355,12 @@ class Generate(Sampling):
         super().__post_init__()
         if self.samples < 1 or self.tokens < 1:
             raise UserError("--samples and --tokens must be at least 1")
+        if self.run and self.model:
+            raise UserError("--run and --model are two models: give one of them")
 
 
 def stop_tokens(tokenizer: BPE, texts: tuple[str, ...]) -> set[int]:
-    stop = {tokenizer.end_of_text}
+    stop = set()
     for text in texts:
         ids = tokenizer.encode(text, special="ids")
         if len(ids) != 1:
@@ -339,14 +369,19 @@ def stop_tokens(tokenizer: BPE, texts: tuple[str, ...]) -> set[int]:
     return stop
 
 
-def write(model: Transformer, tokenizer: BPE, config: Generate) -> None:
+def write(writer: Writer, config: Generate) -> None:
     """Print the samples: a single one while it is written, several when all are."""
+    model, tokenizer, begin, stop = writer
     try:
-        start = [tokenizer.end_of_text, *tokenizer.encode(config.prompt)]
+        start = [*begin, *tokenizer.encode(config.prompt)]
     except ValueError as error:
         raise UserError(f"--prompt is not text that can be written as UTF-8: {error}") from None
-    stop = stop_tokens(tokenizer, config.stop)
-    steps = generate(model, [start] * config.samples, config.tokens, config, stop, config.seed)
+    if not start:
+        raise UserError("--prompt must not be empty: this model has no token that begins a text")
+    stop = stop | stop_tokens(tokenizer, config.stop)
+    never = sorted(set(range(model.config.vocab_size)) - known_ids(tokenizer))
+    prompts = [start] * config.samples
+    steps = generate(model, prompts, config.tokens, config, stop, config.seed, never)
     if config.samples == 1:
         ids = (token for (token,) in steps if token is not None and token not in stop)
         print(config.prompt, end="", flush=True)
@@ -394,14 +429,18 @@ def script() -> None:
     dtype = pick_dtype(config.dtype, device)
     if config.bench:
         return bench(config, device, dtype)
-    if not config.run and not any(RUNS.glob("*/config.json")):
+    if not config.run and not config.model and not any(RUNS.glob("[!.]*/config.json")):
         print("there is no run yet: training a small model first, python train.py --steps 200\n")
         train = Path(__file__).with_name("train.py")
         if code := subprocess.run([sys.executable, str(train), "--steps", "200"]).returncode:
             sys.exit(code)
-    model, tokenizer = load(Run.open(config.run), device)
-    cast(model, dtype)
-    write(model, tokenizer, config)
+    writer = (
+        load_folder(Path(config.model), device)
+        if config.model
+        else load(Run.open(config.run), device)
+    )
+    cast(writer.model, dtype)
+    write(writer, config)
 
 
 if __name__ == "__main__":

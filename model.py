@@ -8,7 +8,8 @@ possible next token.
 Variants are entries of tables: NORMS and ACTIVATIONS here, POSITIONS and ATTENTIONS in
 attention.py. The head stands apart from the stream, so that a fused loss, a reward or a value head
 attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
-`model.logits` their product.
+`model.logits` their product. `Transformer.load` and `save` read and write the folders of Hugging
+Face's GPT-2 and Llama, as model_files.py has it.
 
 Run: python -m pytest tests/test_model.py
 
@@ -21,7 +22,10 @@ Letters: B batch · T tokens · C model width · F feed-forward width · V vocab
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import gcd, inf
+from pathlib import Path
+from reprlib import repr as short
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,9 +35,12 @@ from torch import Tensor, nn
 from attention import POSITIONS, Attention, KeyValue, Linear, Mask, Rotation, causal_mask
 from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
-from run import UserError, generator
+from model_files import Weights, read_folder, write_folder
+from run import UserError, generator, settings, value_of
 
 # --- settings -------------------------------------------------------------------------------------
+
+LARGEST = 1 << 28  # of any whole number here: a matrix with such sides has its bytes in 64 bits
 
 
 @dataclass(frozen=True)
@@ -58,18 +65,29 @@ class ModelConfig:
     tied: bool = True  # the head is the embedding
     qk_norm: bool = True  # queries and keys of unit length
     rope_base: float = 10_000.0  # the slowest of RoPE's angles turns once in 2π·base positions
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"  # how RoPE reaches further
+    rope_factor: float = 8.0  # linear, llama3: slow angles are divided by it
+    rope_context: int = 8192  # llama3: the tokens of a text before, in which an angle has turned
+    rope_low: float = 1.0  # llama3: fewer times than this, so that it is divided
+    rope_high: float = 4.0  # llama3: more often than this, so that it stays
     norm_eps: float = 1e-5  # added to the variance
 
     def __post_init__(self):
-        if min(self.dim, self.layers, self.heads, self.context) < 1:
-            raise UserError("--model.dim, layers, heads and context must each be at least 1")
+        if min(self.dim, self.layers, self.heads, self.context, self.rope_context) < 1:
+            raise UserError(
+                "--model.dim, layers, heads, context and rope-context must each be at least 1"
+            )
+        for name, value in vars(self).items():
+            end = LARGEST if isinstance(value, int) else inf
+            if not isinstance(value, str) and not 0 <= value < end:
+                flag = name.replace("_", "-")
+                raise UserError(f"--model.{flag} {short(value)} must be 0 or more, below {end:,}")
         if self.dim % self.heads:
-            near = max(h for h in range(1, self.heads + 1) if self.dim % h == 0)
             raise UserError(
                 f"--model.dim {self.dim} is not divisible by --model.heads {self.heads}: "
-                f"choose heads that divide it, such as {near}"
+                f"choose heads that divide it, such as {gcd(self.dim, self.heads)}"
             )
-        if self.kv_heads < 0 or (self.kv_heads and self.heads % self.kv_heads):
+        if self.kv_heads and self.heads % self.kv_heads:
             raise UserError(
                 f"--model.heads {self.heads} is not divisible by --model.kv-heads {self.kv_heads}"
             )
@@ -77,6 +95,10 @@ class ModelConfig:
             raise UserError(
                 f"RoPE turns pairs of channels, so --model.dim {self.dim} / --model.heads "
                 f"{self.heads} = {self.head_dim} must be even"
+            )
+        if min(self.rope_base, self.rope_factor) < 1 or self.rope_low >= self.rope_high:
+            raise UserError(
+                "--model.rope-base and rope-factor must be at least 1, and rope-low below rope-high"
             )
 
     @property
@@ -103,6 +125,11 @@ PRESETS = {
     "tiny": ModelConfig(),
     "gpt2": ModelConfig("gpt2", dim=768, layers=12, heads=12, **GPT2),
 }
+
+
+def preset_in(arguments: list[str], default: ModelConfig) -> ModelConfig:
+    """The preset that a command line names, before its other flags change it; or the default."""
+    return PRESETS.get(value_of("--model.preset", arguments), default)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -200,7 +227,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids in, hidden states out."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0):
+    def __init__(self, config: ModelConfig, seed: int | None = 0):
+        """Weights are drawn by the seed, or left as memory was if there is none."""
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
@@ -210,7 +238,22 @@ class Transformer(nn.Module):
         self.head = (
             None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
         )
-        initialize(self, seed)
+        if seed is not None:
+            initialize(self, seed)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Transformer":
+        """The GPT-2 or Llama of a Hugging Face folder, in fp32; UserError where there is none."""
+        values, weights = read_folder(Path(folder))
+        return assembled(settings(ModelConfig, values, f"{folder}/config.json"), weights)
+
+    def save(
+        self, folder: str | Path, end: int | None = None, shard_bytes: int = 5_000_000_000
+    ) -> None:
+        """Write such a folder, which transformers loads too; the token `end` ends a text."""
+        c = self.config
+        values = asdict(c) | {"kv_heads": c.kv_heads_or_heads, "ffn_dim": c.ffn_width}
+        write_folder(Path(folder), values, self.state_dict(), end, shard_bytes)
 
     @property
     def head_weight(self) -> Tensor:
@@ -274,84 +317,37 @@ def initialize(model: Transformer, seed: int) -> None:
         p.data.copy_(torch.randn(p.shape, generator=rng) * std)
 
 
-# --- Hugging Face's names -------------------------------------------------------------------------
-
-LLAMA = {
-    "embedding": "model.embed_tokens.weight",
-    "head": "lm_head.weight",
-    "norm": "model.norm",
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn.gate": "mlp.gate_proj",
-    "ffn.up": "mlp.up_proj",
-    "ffn.down": "mlp.down_proj",
-    "layers": "model.layers",
-}
-GPT2_NAMES = {
-    "embedding": "transformer.wte.weight",
-    "position.table": "transformer.wpe.weight",
-    "norm": "transformer.ln_f",
-    "attention_norm": "ln_1",
-    "attention.query": "attn.c_attn/0",  # part 0 of three that stand side by side
-    "attention.key": "attn.c_attn/1",
-    "attention.value": "attn.c_attn/2",
-    "attention.output": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn.up": "mlp.c_fc",
-    "ffn.down": "mlp.c_proj",
-    "layers": "transformer.h",
-}
+# --- weights from files ---------------------------------------------------------------------------
 
 
-def llama_config(hf: dict) -> ModelConfig:
-    return ModelConfig(
-        dim=hf["hidden_size"], layers=hf["num_hidden_layers"], heads=hf["num_attention_heads"],
-        kv_heads=hf["num_key_value_heads"], context=hf["max_position_embeddings"],
-        vocab_size=hf["vocab_size"], ffn_dim=hf["intermediate_size"], qk_norm=False,
-        tied=hf["tie_word_embeddings"], norm_eps=hf["rms_norm_eps"],
-        rope_base=float(hf["rope_parameters"]["rope_theta"]),
-    )  # fmt: skip
+def assembled(config: ModelConfig, weights: Weights) -> Transformer:
+    """A model of weights in files: drawn by nobody, and never in memory twice.
 
-
-def gpt2_config(hf: dict) -> ModelConfig:
-    shape = {"dim": hf["n_embd"], "layers": hf["n_layer"], "heads": hf["n_head"]}
-    sizes = {"context": hf["n_positions"], "vocab_size": hf["vocab_size"]}
-    return ModelConfig("gpt2", **shape, **{**GPT2, **sizes}, norm_eps=hf["layer_norm_epsilon"])
-
-
-def from_hugging_face(hf: dict, tensors: dict[str, Tensor]) -> Transformer:
-    """A Llama or GPT-2 of Hugging Face's transformers, from its config and its tensors by name."""
-    llama = hf["model_type"] == "llama"
-    model = Transformer(llama_config(hf) if llama else gpt2_config(hf))
-    table = LLAMA if llama else GPT2_NAMES
-    for name, p in model.named_parameters():
-        theirs, part = hugging_face_name(name, table)
-        x = tensors[theirs]
-        if not llama and p.dim() == 2 and is_in_block(name):
-            x = x.T  # GPT-2's linears are stored (in out)
-        p.data.copy_(x if part is None else x.chunk(3)[part])
+    The number of blocks is compared first, or a config with 10⁹ of them would be built to no end.
+    """
+    inside = (name for name in weights.load("meta") if name.startswith("layers."))
+    found = len({name.split(".")[1] for name in inside})
+    if found != config.layers:
+        raise UserError(
+            f"{weights.files[0]} does not fit its config.json: it has {found} blocks, not "
+            f"{config.layers}"
+        )
+    with torch.device("meta"):
+        model = Transformer(config, seed=None)
+    fill(model, weights)
     return model
 
 
-def is_in_block(name: str) -> bool:
-    return name.startswith("layers.")
-
-
-def hugging_face_name(name: str, table: dict[str, str]) -> tuple[str, int | None]:
-    """Their name for a parameter of ours, and which third of theirs ours is, or None for all."""
-    if name in table:
-        return table[name], None
-    layer = ""
-    if is_in_block(name):
-        _, number, name = name.split(".", 2)
-        layer = f"{table['layers']}.{number}."
-    module, kind = name.rsplit(".", 1)
-    theirs, _, part = table[module].partition("/")
-    return f"{layer}{theirs}.{kind}", int(part) if part else None
+def fill(model: Transformer, weights: Weights) -> None:
+    """Give a model the weights in files; UserError, before any is read, if one does not fit."""
+    found, own = weights.load("meta"), model.state_dict()
+    for name in sorted(own.keys() | found.keys()):
+        have, want = (tuple(d[name].shape) if name in d else None for d in (found, own))
+        if have != want:
+            raise UserError(
+                f"{weights.files[0]} does not fit its config.json: {name} is {have}, not {want}"
+            )
+    model.load_state_dict(weights.load(), assign=model.embedding.is_meta)
 
 
 # --- counting -------------------------------------------------------------------------------------

@@ -7,27 +7,34 @@
                 checkpoints/step-000500/   model.safetensors, train_state.safetensors,
                                            train_state.json, manifest.json (a hash of each)
                 loss.png           the picture
+                lock               held by the process that writes here, whose number it has
 
-A checkpoint is written to a temporary folder, synced to the disk and then renamed: it is there
-whole or not at all. Nothing is ever unpickled.
+No run is lost to a kill, a crash or a full disk: what is written is written beside its place,
+synced to the disk and then renamed, and so is there whole or not at all. Damage is known by hashes:
+settings have their own, a checkpoint one for each file. Nothing is ever unpickled.
 
-Also here, because every script needs them: streams of randomness with names, and errors that are
-one sentence for the person at the terminal.
+Also here, because every script needs them: streams of randomness with names, errors that are one
+sentence for the person at the terminal, and a look at a flag before all are read.
 
 Run: python -m pytest tests/test_run.py
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
+from itertools import islice, pairwise
 from pathlib import Path
+from reprlib import repr as short
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +42,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: there two processes can write to one run
+    fcntl = None
+
+Tensors = dict[str, Tensor]
 RUNS = Path("runs")
 KEEP = 2  # checkpoints kept: the newest, and one before it in case that one is damaged
 
@@ -63,91 +76,181 @@ def generator(seed: int, name: str, step: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def value_of(flag: str, arguments: list[str]) -> str:
+    """What stands behind a flag or its equals sign, the last time that it is given."""
+    words = [w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])]
+    return dict(pairwise([*words, ""])).get(flag, "")
+
+
 # --- the folder -----------------------------------------------------------------------------------
 
 
 class Run:
-    """A run's folder. `Run.create` makes one, `Run.open` finds one."""
+    """A run's folder: `create` makes one, `open` finds one to read, `resume` one to go on with."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @classmethod
     def create(cls, name: str, config: object) -> "Run":
-        """A new folder runs/<name>, or runs/run-001, run-002 … if no name is given."""
+        """A new folder runs/<name>, or runs/run-001, run-002 … if no name is given.
+
+        It appears with its settings or not at all, and this process is the one that writes to it.
+        """
         if not name:
-            taken = [re.fullmatch(r"run-([0-9]+)", p.name) for p in RUNS.glob("run-*")]
-            name = f"run-{max((int(t[1]) for t in taken if t), default=0) + 1:03d}"
-        if name != Path(name).name or name.startswith("."):
+            numbers = [re.fullmatch(r"run-([0-9]+)", p.name) for p in RUNS.glob("run-*")]
+            name = f"run-{max((int(n[1]) for n in numbers if n), default=0) + 1:03d}"
+        proper = name.isprintable() and not name.startswith(".") and len(name.encode()) <= 200
+        if name != Path(name).name or not proper:
             raise UserError(f"--name {name!r} cannot be the name of a folder in {RUNS}/")
-        run = cls(RUNS / name)
-        if run.folder.exists():
-            raise UserError(
-                f"{run.folder} exists already: go on with --name {name} --resume, "
-                "or choose another --name"
-            )
+        folder, run = RUNS / name, cls(RUNS / f".{name}.draft")
+        taken = f"{folder} exists already: go on with --name {name} --resume, or choose another"
+        if os.path.lexists(folder):
+            raise UserError(taken)
         try:
-            (run.folder / "checkpoints").mkdir(parents=True)
+            run.folder.mkdir(parents=True, exist_ok=True)  # it exists if its maker was killed
+            run.lock()
+            (run.folder / "checkpoints").mkdir(exist_ok=True)
+            run.keep(config)
+            run.folder = run.folder.rename(folder)
         except OSError as error:
-            raise UserError(f"cannot make the run folder {run.folder}: {error.strerror}") from None
-        write_json(run.folder / "config.json", config)
+            if os.path.lexists(folder):  # another process was faster
+                raise UserError(taken) from None
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+        with run.writing(folder):
+            sync(RUNS)
         return run
 
     @classmethod
     def open(cls, name: str = "") -> "Run":
         """The run of this name (or path), or the newest one if no name is given."""
         if not name:
-            found = sorted(RUNS.glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+            found = sorted(RUNS.glob("[!.]*/config.json"), key=lambda p: p.stat().st_mtime)
             if not found:
                 raise UserError(f"there is no run in {RUNS}/ yet: make one with python train.py")
             return cls(found[-1].parent)
-        folder = next((p for p in (RUNS / name, Path(name)) if p.is_dir()), None)
+        folder = next((p for p in (RUNS / name, Path(name)) if os.path.isdir(p)), None)
         if folder is None:
-            raise UserError(
-                f"there is no run named {name!r}: neither {RUNS / name} nor {name} exists"
-            )
+            raise UserError(f"there is no run named {name!r}: no folder {RUNS / name} or {name}")
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a run: it has no config.json")
         return cls(folder)
 
+    @classmethod
+    def resume(cls, name: str = "") -> "Run":
+        """The run that `open` finds, if no other process writes to it."""
+        run = cls.open(name)
+        with run.writing(run.folder / "lock"):
+            run.lock()
+        return run
+
+    def lock(self) -> None:
+        """Be the only process that writes here until this one ends, however it ends."""
+        self.file = open(self.folder / "lock", "a+", errors="replace")  # noqa: SIM115 or it is lost
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            writer = re.sub(r"\D", "", self.file.read(20))
+            raise UserError(
+                f"process {writer} is writing to {self.folder}: wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        for left in self.folder.glob(".*.draft"):  # by a process that was killed
+            left.unlink()
+        self.file.truncate(0)
+        self.file.write(f"{os.getpid()}\n")
+        self.file.flush()
+
+    @property
+    def command(self) -> str:
+        """How to go on with this run."""
+        name = self.folder.name if self.folder.parent == RUNS else str(self.folder)
+        return shlex.join(["python", "train.py", "--name", name, "--resume"])
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """A disk that is full, read-only or broken becomes one sentence that says how to go on."""
+        try:
+            yield
+        except BrokenPipeError:  # main knows what that means
+            raise
+        except (OSError, SafetensorError) as error:
+            why = error.strerror if isinstance(error, OSError) else f"{error}".split(": ")[-1]
+            raise UserError(f"cannot write {path}: {why}; mend that, then {self.command}") from None
+
+    # --- settings
+
     def config(self) -> dict:
-        return read_json(self.folder / "config.json")
+        """The settings as they were written, or a UserError."""
+        path = self.folder / "config.json"
+        values = read_json(path)
+        try:
+            written = "hash" not in values or values.pop("hash") == fingerprint(values)
+        except RecursionError:
+            written = False
+        if not written:
+            raise UserError(
+                f"{path} is not what was written; if you changed it yourself, delete its hash, too"
+            )
+        return values
+
+    def keep(self, config: object) -> None:
+        """Write config.json, with a hash of itself."""
+        values = asdict(config) if is_dataclass(config) else config
+        write_json(self.folder / "config.json", {"hash": fingerprint(values), **values})
+
+    # --- measurements
 
     def log(self, text: str = "") -> None:
         """Print, above a progress bar if there is one, and keep in log.txt."""
-        tqdm.write(text)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        text = text.encode(errors="backslashreplace").decode()  # a path may be no text
+        with self.writing(Path("the output")):
+            tqdm.write(text)
+        path = self.folder / "log.txt"
+        with self.writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def measure(self, **values) -> None:
         """One line of metrics.jsonl."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with self.writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict]:
-        """All measurements, up to the first line that a killed process has left unfinished."""
+        """All measurements; damaged lines, as a killed process leaves one, are passed over."""
         path = self.folder / "metrics.jsonl"
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        try:
+            lines, rows = path.read_bytes().splitlines(), []
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        for line in lines:
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row["step"], int) and 0 <= row["step"] < 1 << 53:
+                    rows.append(row)
+        if lost := len(lines) - len(rows):
+            print(f"passed over {lost} of {len(lines)} lines in {path}: damaged", file=sys.stderr)
         return rows
 
     def forget_after(self, step: int) -> None:
         """Drop the measurements after a step, so that a resumed run writes them once."""
+        path = self.folder / "metrics.jsonl"
         kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
-        write_whole(self.folder / "metrics.jsonl", "".join(kept).encode())
+        with self.writing(path):
+            write_whole(path, "".join(kept).encode())
 
     # --- checkpoints
 
-    def save(
-        self, step: int, model: dict[str, Tensor], state: dict[str, Tensor], info: dict
-    ) -> Path:
-        """Write checkpoints/step-<step>, whole or not at all; drop old ones and any later one.
+    def save(self, step: int, model: Tensors, state: Tensors, info: dict) -> Path:
+        """Write checkpoints/step-<step>, whole or not at all; only then drop old ones.
 
-        A later one was damaged, or the run would have gone on from it.
+        A later one goes, too: it was damaged, or the run would have gone on from it.
         """
         final = self.folder / "checkpoints" / f"step-{step:06d}"
         if damage(final) is None:  # stopped just after it was resumed
@@ -155,20 +258,26 @@ class Run:
         for left in final.parent.glob(".step-*.draft"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         draft = final.with_name(f".{final.name}.draft")
-        draft.mkdir(parents=True)
-        save_file(plain(model), draft / "model.safetensors", metadata={"format": "pt"})
-        save_file(plain(state), draft / "train_state.safetensors")
-        (draft / "train_state.json").write_text(json.dumps({"step": step, **info}, indent=1))
-        write_json(draft / "manifest.json", {p.name: digest(p) for p in sorted(draft.iterdir())})
-        for path in (*draft.iterdir(), draft):
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        draft.rename(final)
-        sync(final.parent)
+        try:
+            with self.writing(final):
+                draft.mkdir(parents=True)
+                save_file(plain(model), draft / "model.safetensors", metadata={"format": "pt"})
+                save_file(plain(state), draft / "train_state.safetensors")
+                (draft / "train_state.json").write_text(json.dumps({"step": step, **info}))
+                hashes = {p.name: digest(p) for p in sorted(draft.iterdir())}
+                (draft / "manifest.json").write_text(json.dumps(hashes, indent=1))
+                for path in (*draft.iterdir(), draft, *self.folder.glob("metrics.jsonl")):
+                    sync(path)
+                shutil.rmtree(final, ignore_errors=True)
+                draft.rename(final)
+                sync(final.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # frees a full disk
         found = self.checkpoints()
-        at = found.index(final)
-        for other in found[:at] + found[at + KEEP :]:
-            shutil.rmtree(other, ignore_errors=True)
+        older = found[found.index(final) + 1 :]
+        kept = {final, *islice((p for p in older if damage(p) is None), KEEP - 1)}
+        for path in set(found) - kept:
+            shutil.rmtree(path, ignore_errors=True)
         return final
 
     def checkpoints(self) -> list[Path]:
@@ -179,31 +288,68 @@ class Run:
 
     def newest(self) -> Path:
         """The newest checkpoint that is what its manifest says; what is passed over is told."""
+        faults = []
         for path in self.checkpoints():
-            fault = damage(path)
-            if fault is None:
+            if (fault := damage(path)) is None:
+                if faults:
+                    print("passed over " + "; ".join(faults), file=sys.stderr)
                 return path
-            print(f"passed over {path}: {fault}", file=sys.stderr)
-        raise UserError(f"{self.folder} has no whole checkpoint to load")
+            faults.append(f"{path}: {fault}")
+        why = "; ".join(faults) or f"stopped before its first, it starts anew by {self.command}"
+        raise UserError(f"{self.folder} has no whole checkpoint to load: {why}")
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
         for name in ("model.safetensors", "train_state.safetensors", "train_state.json"):
             if manifest[name] != digest(checkpoint / name):
-                return f"{name} is not what was written"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        return f"{type(error).__name__}: {error}"
+                return f"{name} is not what manifest.json says"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return "manifest.json is damaged"
     return None
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the weights in {path}: {error}") from None
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def settings(kind: type, values: object, where: str, path: str = "") -> object:
+    """The dataclass that a JSON object holds; what it lacks, as an old one may, has its default.
+
+    A UserError names a setting that is unknown or has a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {path.strip('.') or 'it'} cannot be {short(values)}")
+    types = get_type_hints(kind)
+    if unknown := sorted(values.keys() - types.keys()):
+        names = ", ".join(short(path + name) for name in unknown)
+        raise UserError(f"{where}: this program knows no setting {names}")
+    made = {name: setting(types[name], x, where, path + name) for name, x in values.items()}
+    try:
+        return kind(**made)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def setting(kind: type, value: object, where: str, name: str) -> object:
+    """One value of `settings`: a number without a point may stand for a float."""
+    if is_dataclass(kind):
+        return settings(kind, value, where, f"{name}.")
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    if value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind:
+        return value
+    raise UserError(f"{where}: {name} cannot be {short(value)}")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -211,14 +357,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    draft.write_bytes(data)
-    sync(draft)
-    draft.replace(path)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_bytes(data)
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):  # frees a full disk
+            draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
-    value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
@@ -246,7 +396,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def fingerprint(values: dict) -> str:
+    """A hash of JSON values, however they are spaced and ordered."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def plain(tensors: Tensors) -> Tensors:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
@@ -262,7 +418,7 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
 
     rows = run.metrics()
     train, held = (
-        [(r["step"], r[name]) for r in rows if math.isfinite(r.get(name, math.nan))]
+        [(r["step"], x) for r in rows if isinstance(x := r.get(name), float) and 0 <= x < math.inf]
         for name in ("train_bits_per_byte", "bits_per_byte")
     )
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
@@ -285,9 +441,11 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    path = run.folder / "loss.png"
-    figure.savefig(path, dpi=130)
+    path, picture = run.folder / "loss.png", io.BytesIO()
+    figure.savefig(picture, dpi=130)
     plt.close(figure)
+    with run.writing(path):
+        write_whole(path, picture.getvalue())
     return path
 
 
@@ -298,7 +456,3 @@ def smooth(values: tuple[float, ...], memory: float = 0.95) -> list[float]:
         total, weight = memory * total + value, memory * weight + 1
         out.append(total / weight)
     return out
-
-
-def timestamp() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")

@@ -19,22 +19,27 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (byte
 """
 
 import codecs
+import gc
 import hashlib
 import heapq
 import json
 import os
 import re
+import signal
 import sys
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise
+from multiprocessing import current_process, get_context
 from operator import add
 from pathlib import Path
 from pydoc_data.topics import topics
 from reprlib import repr as short
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import tiktoken
 import tyro
@@ -46,8 +51,9 @@ from tokenizer_files import Pair, to_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 LONG_PIECE = 100  # characters; from here on a heap beats looking for the best pair again and again
-CACHED_PIECES = 1 << 15  # pieces whose ids are remembered: some 10 MB
+CACHED_PIECES = 1 << 16  # pieces whose ids are remembered: some 10 MB
 BLOCK = 1 << 14  # characters of a stream that are encoded at once
+GROUP = 1 << 22  # characters, about, of many texts that go to a process at once
 
 Ranks = Mapping[Pair, int]  # of two neighbours; the lower merges first
 Tie = Literal["lowest ids", "greatest bytes"]  # which of equally common pairs is merged first
@@ -62,17 +68,86 @@ def special_regex(special: Iterable[str]) -> re.Pattern[str]:
 
 
 def count_pieces(
-    texts: Iterable[str], pattern: str = "gpt4", special: Sequence[str] = (), progress: bool = False
+    texts: Iterable[str],
+    pattern: str = "gpt4",
+    special: Sequence[str] = (),
+    progress: bool = False,
+    processes: int = 0,
 ) -> Counter[str]:
     """How often each piece occurs; special tokens separate texts and are not counted."""
     if isinstance(texts, str):
         raise ValueError("texts must be several texts: write [text] for a single one")
     split, borders = splitter(pattern), special_regex(special)
-    counts: Counter[str] = Counter()
-    for text in tqdm(texts, "count pieces", unit=" texts", disable=None if progress else True):
-        for part in borders.split(text)[::2]:  # the odd parts are the special tokens
-            counts.update(split(part))
-    return counts
+
+    def count(texts: list[str]) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for text in texts:
+            for part in borders.split(text)[::2]:  # the odd parts are the special tokens
+                counts.update(split(part))
+        return counts
+
+    texts = tqdm(texts, "count pieces", unit=" texts", disable=None if progress else True)
+    return sum_of(in_processes(count, texts, processes))
+
+
+def sum_of(parts: Iterable[Counter[str]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return total
+
+
+# --- many texts at once ---------------------------------------------------------------------------
+
+
+def groups_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Neighbours together until they have `size` characters."""
+    group, held = [], 0
+    for text in texts:
+        group.append(text)
+        held += len(text)
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def in_processes(
+    work: Callable[[list[str]], Any], texts: Iterable[str], processes: int = 0
+) -> Iterator[Any]:
+    """work(a group of texts) of all groups in order, in several processes (0: one for each core).
+
+    Only a few groups of texts are in memory. A single group is not worth a process; nor are there
+    several where this one cannot be copied as it stands (fork, which Windows lacks).
+    """
+    groups = groups_of(texts, GROUP)
+    ahead = [*islice(groups, 2)]
+    cores = processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores == 1 or len(ahead) < 2 or current_process().daemon:
+        yield from map(work, chain(ahead, groups))
+        return
+    fork = get_context("fork")
+    with ProcessPoolExecutor(cores, fork, initializer=begin_work, initargs=(work,)) as pool:
+        waiting: deque[Future] = deque()
+        for group in chain(ahead, groups):
+            waiting.append(pool.submit(do_work, group))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def begin_work(work: Callable[[list[str]], Any]) -> None:
+    """In a new process: what `do_work` is to do, which need not be sent with each group."""
+    global the_work
+    the_work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
+    gc.freeze()  # what was there before is no garbage: it is not looked through, nor then copied
+
+
+def do_work(texts: list[str]) -> Any:
+    return the_work(texts)
 
 
 # --- pieces -> merges -----------------------------------------------------------------------------
@@ -238,13 +313,16 @@ def apply_merges_to_long(ids: list[int], ranks: Ranks, made: Sequence[int]) -> l
 
 
 class Memory(dict):
-    """piece -> ids, made when first asked for; what was not asked for long is forgotten."""
+    """piece -> ids, made when first asked for; what was not asked for long is forgotten.
+
+    Tuples, for Python's garbage collector soon knows that it need not look into them again.
+    """
 
     def __init__(self, make: Callable[[str], list[int]], room: int):
         self.make, self.half, self.old = make, room // 2, {}
 
-    def __missing__(self, piece: str) -> list[int]:
-        ids = self.old.get(piece) or self.make(piece)
+    def __missing__(self, piece: str) -> tuple[int, ...]:
+        ids = self.old.get(piece) or tuple(self.make(piece))
         if len(piece) < LONG_PIECE:
             if len(self) >= self.half:
                 self.old = self.copy()
@@ -271,9 +349,10 @@ class BPE:
         self._split, self._special = splitter(self.pattern), special_regex(self.special)
         self._bytes = {id: token for id, token in enumerate(self.tokens) if token}
         self._ids = {token: id for id, token in self._bytes.items()}
-        for byte in range(256):
-            if bytes([byte]) not in self._ids:
-                raise ValueError(f"byte 0x{byte:02x} has no token, so that some text has no ids")
+        self._alphabet = [self._ids.get(bytes([byte])) for byte in range(256)]
+        if None in self._alphabet:
+            byte = self._alphabet.index(None)
+            raise ValueError(f"byte 0x{byte:02x} has no token, so that some text has no ids")
         if len(self._ids) != len(self._bytes):
             raise ValueError("two ids have the same bytes")
         if self.merges is None:
@@ -322,18 +401,21 @@ class BPE:
         special: Iterable[str] = (END_OF_TEXT,),
         progress: bool = False,
         tie: Tie = "lowest ids",
+        processes: int = 0,
     ) -> Self:
         """Learn merges until there are vocab_size ids: bytes, then merges, then special tokens.
 
         Fewer if nothing is left to merge. No merge is learnt from or across a special token. Of
         equally common pairs the one of lowest ids is merged first, as in Hugging Face's tokenizers
-        and rustbpe, or that of greatest bytes, as in subword-nmt and Stanford's CS336.
+        and rustbpe, or that of greatest bytes, as in subword-nmt and Stanford's CS336. Many texts
+        are counted in several processes (0: one for each core).
         """
         special = list(dict.fromkeys(special))
         room = vocab_size - 256 - len(special)
         if room < 0:
             raise ValueError(f"vocab_size must be {vocab_size - room} or more, not {vocab_size}")
-        learnt = islice(learn_merges(count_pieces(texts, pattern, special, progress), tie), room)
+        counts = count_pieces(texts, pattern, special, progress, processes)
+        learnt = islice(learn_merges(counts, tie), room)
         tokens, merges = [bytes([byte]) for byte in range(256)], []
         for pair, _ in tqdm(learnt, "merge", room, disable=None if progress else True):
             tokens.append(tokens[pair[0]] + tokens[pair[1]])
@@ -379,6 +461,17 @@ class BPE:
                 ids.extend(chain.from_iterable(map(self._memory.__getitem__, self._split(part))))
         return ids
 
+    def encode_batch(
+        self, texts: Iterable[str], special: str = "text", processes: int = 0
+    ) -> Iterator[list[int]]:
+        """`encode` of each text, in order, in several processes (0: one for each core)."""
+
+        def encode(texts: list[str]) -> list[array]:  # one is a block of memory: sent as it is
+            return [array("I", self.encode(text, special)) for text in texts]
+
+        for group in in_processes(encode, texts, processes):
+            yield from (ids.tolist() for ids in group)
+
     def encode_iterable(self, texts: Iterable[str], special: str = "text") -> Iterator[int]:
         """The ids of the texts joined, while they come in: a stream may be larger than memory.
 
@@ -418,7 +511,7 @@ class BPE:
         return self._merged(data)
 
     def _merged(self, data: bytes) -> list[int]:
-        ids = [self._ids[bytes([byte])] for byte in data]
+        ids = [self._alphabet[byte] for byte in data]
         apply = apply_merges if len(ids) < LONG_PIECE else apply_merges_to_long
         return apply(ids, self._ranks, self._made)
 

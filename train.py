@@ -16,13 +16,13 @@ Papers: Radford et al. 2019, GPT-2; Hoffmann et al. 2022 (arXiv 2203.15556) on h
 """
 
 import math
-import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from data import Corpus, DataConfig, Stream, TokenizerConfig, prepare, whole
 from generate import Sampling, generate, load_weights
-from model import PRESETS, ModelConfig, Transformer, count_parameters, training_flops
+from model import ModelConfig, Transformer, count_parameters, preset_in, training_flops
 from objectives import OBJECTIVES
 from optim import OPTIMIZERS, OptimConfig, learning_rate
-from run import Run, UserError, load_tensors, main, plot_loss, read_json, timestamp
+from run import Run, UserError, load_tensors, main, plot_loss, read_json, settings, value_of
 from step import commit, evaluate, machine, matmul_peak, pick_device, pick_dtype, to, update
 
 
@@ -66,72 +66,72 @@ class Train:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
 
-MAY_CHANGE = {"name", "resume", "steps", "evaluate_every", "save_every", "device"}  # on resuming
+MAY_CHANGE = {"steps", "evaluate_every", "save_every", "device"}  # when a run is resumed
 
 
 # --- settings -------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> tuple[Train, Run | None]:
-    """The settings, and the run to resume if there is one.
+def parse(arguments: list[str]) -> tuple[Train, Run | None, list[str]]:
+    """The settings, the run to resume if there is one, and what they change in it, in words.
 
     A preset is read first and then changed by the other flags, wherever it stands among them; a
     resumed run's own settings take the place of the defaults.
     """
     default, run = Train(), None
-    name = re.search(r"--model\.preset[ =](\S+)", " ".join(arguments))
-    if name and name[1] in PRESETS:
-        default = replace(default, model=PRESETS[name[1]])
+    default = replace(default, model=preset_in(arguments, default.model))
     if "--resume" in arguments:
-        named = re.search(r"--name[ =](\S+)", " ".join(arguments))
-        run = Run.open(named[1] if named else "")
-        default = replace(stored(run), resume=True)
-    config = tyro.cli(Train, args=arguments, default=default)
+        run = Run.resume(value_of("--name", arguments))
+        default = stored(run)
+    config = tyro.cli(Train, args=arguments, default=replace(default, resume=run is not None))
     if run is None:
-        return config, None
-    for name in sorted({f for f in asdict(config) if f not in MAY_CHANGE}):
-        if getattr(config, name) != getattr(default, name):
-            raise UserError(
-                f"{run.folder} cannot go on with another {name} than "
-                f"{getattr(default, name)!r}: start a new run for that"
-            )
-    return config, run
+        return config, None, []
+    config = replace(config, name=default.name, resume=False)
+    changed = changes(default, config)
+    fixed = [text for name, text in changed.items() if name not in MAY_CHANGE]
+    if fixed:
+        raise UserError(
+            f"{run.folder} cannot go on with another setting of {', '.join(fixed)}: "
+            "start a new run for that"
+        )
+    return config, run, list(changed.values())
 
 
 def stored(run: Run) -> Train:
     """The settings that a run was made with."""
-    path, values = run.folder / "config.json", run.config()
-    try:
-        parts = {
-            "model": ModelConfig,
-            "data": DataConfig,
-            "tokenizer": TokenizerConfig,
-            "optim": OptimConfig,
-        }
-        values |= {name: kind(**values[name]) for name, kind in parts.items()}
-        return Train(**values)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} does not hold the settings of a run: {error}") from None
+    return settings(Train, run.config(), str(run.folder / "config.json"))
 
 
-def sized(model: ModelConfig, known: int) -> ModelConfig:
-    """The model's settings with as many tokens as the tokenizer knows."""
-    if model.vocab_size not in (0, known):
+def changes(old: object, new: object, prefix: str = "") -> dict[str, str]:
+    """Which settings differ, each as "name old → new"."""
+    found = {}
+    for name, before in vars(old).items():
+        after = getattr(new, name)
+        if is_dataclass(before):
+            found |= changes(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found[prefix + name] = f"{prefix}{name} {before!r} → {after!r}"
+    if "steps" in found:
+        found["steps"] += " (over which the learning rate's schedule now goes)"
+    return found
+
+
+def complete(config: Train, tokens: int) -> Train:
+    """The settings with what machine and text decide, so that what is written is what is done."""
+    model, device = config.model, pick_device(config.device)
+    if model.vocab_size not in (0, tokens):
         raise UserError(
             f"--model.vocab-size {model.vocab_size} does not fit the tokenizer, which knows "
-            f"{known} tokens: give --model.vocab-size 0, or a --tokenizer.vocab-size that fits"
+            f"{tokens} tokens: give --model.vocab-size 0, or a --tokenizer.vocab-size that fits"
         )
-    return replace(model, vocab_size=known)
-
-
-def command(arguments: list[str]) -> str:
-    return shlex.join(["python", "train.py", *arguments])
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    return replace(config, model=replace(model, vocab_size=tokens), dtype=dtype)
 
 
 # --- what the first lines say ---------------------------------------------------------------------
 
 
-def introduce(run: Run, training: "Training") -> float:
+def introduce(run: Run, training: "Training", changed: list[str]) -> float:
     """Log the settings and every number derived from them; returns the measured peak in FLOP/s."""
     config, corpus, model = training.config, training.corpus, training.model
     meta, m, N = corpus.meta, config.model, count_parameters(model)
@@ -142,8 +142,8 @@ def introduce(run: Run, training: "Training") -> float:
     peak = matmul_peak(device, training.dtype)
     path = "in Triton" if device.type == "cuda" else "in torch, attention in blocks"
     run.log(
-        f"{command(sys.argv[1:])}\n"
-        f"run      {run.folder}, {timestamp()}"
+        f"{shlex.join(['python', 'train.py', *sys.argv[1:]])}\n"
+        f"run      {run.folder}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
         + (f", commit {commit()}" if commit() else "")
         + "\n"
         f"text     {meta['source']}: {train['documents']:,} documents, {train['bytes']:,} bytes\n"
@@ -158,7 +158,10 @@ def introduce(run: Run, training: "Training") -> float:
         f"{flops * tokens * config.steps:.2e} FLOP in all\n"
         f"machine  {machine(device)}; {config.dtype}; "
         f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; kernels {path}\n"
-        + (f"resumed  after step {training.step}\n" if training.step else "")
+        + (f"resumed  after step {training.step:,}" if training.step else "")
+        + (", the last one: more needs more --steps" if training.step == config.steps else "")
+        + "".join(f"\nchanged  {text}" for text in changed)
+        + "\n"
     )
     return peak
 
@@ -225,34 +228,46 @@ class Training:
         nats, _ = evaluate(self.model, (to(self.objective(r), device) for r in rows), self.dtype)
         return nats / math.log(2) / self.corpus.meta["held"]["bytes"]
 
-    def save(self, run: Run) -> None:
-        place = {"epoch": self.stream.epoch, "row": self.stream.row, "text": self.text()}
-        run.save(self.step, self.model.state_dict(), self.optimizer.state(), place)
+    def texts(self) -> dict[str, str]:
+        """What the tokens are known by, those trained on and those held out."""
+        meta = self.corpus.meta
+        mark = f"{self.corpus.tokenizer.fingerprint}-{meta['train']['hash']}"
+        return {"text": mark, "held_out": meta["held"]["hash"]}
 
-    def text(self) -> str:
-        """What the tokens trained on are known by."""
-        return f"{self.corpus.tokenizer.fingerprint}-{self.corpus.meta['train']['hash']}"
+    def save(self, run: Run) -> None:
+        place = {"epoch": self.stream.epoch, "row": self.stream.row, **self.texts()}
+        run.save(self.step, self.model.state_dict(), self.optimizer.state(), place)
 
     def load(self, run: Run) -> None:
         """Take up the newest whole checkpoint; a run stopped before its first one starts anew."""
-        if not run.checkpoints():
-            return run.forget_after(0)
-        folder = run.newest()
-        load_weights(self.model, folder / "model.safetensors")
-        self.optimizer.load(load_tensors(folder / "train_state.safetensors"))
+        if run.checkpoints():
+            self.take_up(run.newest(), run)
+        else:
+            run.log(f"{run.folder} was stopped before its first checkpoint: it starts anew")
+        run.forget_after(self.step)
+
+    def take_up(self, folder: Path, run: Run) -> None:
         info = read_json(folder / "train_state.json")
-        if info["text"] != self.text():
+        place = [info.get(name) for name in ("step", "epoch", "row")]
+        if not all(type(x) is int and x >= 0 for x in place):
+            raise UserError(f"{folder} was not made by train.py: start a new run")
+        if any(info.get(name, mark) != mark for name, mark in self.texts().items()):
             raise UserError(
                 f"the text is not the one that {run.folder} was trained on: a file of "
                 "--data.path, or this Python, has changed since; start a new run"
             )
-        self.step = info["step"]
-        if self.step > self.config.steps:
+        if place[0] > self.config.steps:
             raise UserError(
-                f"{run.folder} has done {self.step} steps already: give --steps {self.step} or more"
+                f"{run.folder} has done {place[0]} steps already: give --steps {place[0]} or more"
             )
-        self.stream.seek(info["epoch"], info["row"])
-        run.forget_after(self.step)
+        load_weights(self.model, folder / "model.safetensors")
+        state = load_tensors(folder / "train_state.safetensors")
+        own = self.optimizer.state()
+        if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in own.items()}:
+            raise UserError(f"{folder} was made by another optimizer: start a new run")
+        self.optimizer.load(state)
+        self.step = place[0]
+        self.stream.seek(*place[1:])
 
     def sample(self, count: int = 3, tokens: int = 100) -> Iterator[str]:
         tokenizer = self.corpus.tokenizer
@@ -305,41 +320,38 @@ def loop(training: Training, run: Run, peak: float) -> bool:
 
 
 def finish(training: Training, run: Run, seconds: float) -> None:
-    """The picture, the numbers and a few words."""
-    meta = training.corpus.meta
-    picture = plot_loss(run, meta["lzma_bits_per_byte"])
-    bits = run.metrics()[-1].get("bits_per_byte") or training.bits_per_byte()
+    """The numbers, a few words and, last because it may fail, the picture."""
+    bits, lzma = training.bits_per_byte(), training.corpus.meta["lzma_bits_per_byte"]
     run.log(
         f"\nheld out: {bits:.3f} bits = {bits * math.log(2):.3f} nats per byte "
-        f"(lzma: {meta['lzma_bits_per_byte']:.3f} bits), after {seconds:.0f} seconds of training"
+        f"(lzma: {lzma:.3f} bits), after {seconds:.0f} seconds of training"
     )
     for number, text in enumerate(training.sample(), 1):
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
     run.log(
-        f"\npicture: {picture}\n"
+        f"\npicture: {plot_loss(run, lzma)}\n"
         f"more:    python generate.py --run {run.folder.name} --prompt 'Return the'"
     )
 
 
 def script() -> None:
-    config, run = parse(sys.argv[1:])
-    dtype = str(pick_dtype(config.dtype, pick_device(config.device))).removeprefix("torch.")
+    config, run, changed = parse(sys.argv[1:])
+    pick_device(config.device)  # before long work
     corpus = prepare(config.data, config.tokenizer)
-    model = sized(config.model, corpus.tokenizer.vocab_size)
-    config = replace(config, model=model, dtype=dtype)  # what is written is what was computed
+    config = complete(config, corpus.tokenizer.vocab_size)
     training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
     if run is None:
         run = Run.create(config.name, config)
-        corpus.tokenizer.save(run.folder / "tokenizer.json")
     else:
         training.load(run)
-    peak = introduce(run, training)
+        with run.writing(run.folder / "config.json"):
+            run.keep(config)
+    with run.writing(run.folder / "tokenizer.json"):  # a resumed run may lack it, if it was killed
+        corpus.tokenizer.save(run.folder / "tokenizer.json")
+    peak = introduce(run, training, changed)
     start = time.perf_counter()
     if not loop(training, run, peak):
-        run.log(
-            f"stopped and saved after step {training.step}; go on with\n"
-            f"  python train.py --name {run.folder.name} --resume"
-        )
+        run.log(f"stopped and saved after step {training.step}; go on with\n  {run.command}")
         sys.exit(130)
     finish(training, run, time.perf_counter() - start)
 

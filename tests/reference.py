@@ -25,15 +25,29 @@ def attend(q, k, v, lo, hi, scale):
     return out
 
 
-def rope(x, position, base):
-    """One vector x (D) at one position: the pair (i, i + D/2) turned by position·base^(−2i/D)."""
+def rope(x, position, base, scale=lambda theta: theta):
+    """One vector x (D) at one position: the pair (i, i + D/2) turned by position·θ_i.
+
+    θ_i = base^(−2i/D), which `scale` may change.
+    """
     D = len(x)
     out = np.zeros(D)
     for i in range(D // 2):
-        angle = position * base ** (-2 * i / D)
+        angle = position * scale(base ** (-2 * i / D))
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         out[[i, i + D // 2]] = turn @ x[[i, i + D // 2]]
     return out
+
+
+def llama3(theta, factor, context, low, high):
+    """One frequency of Llama 3.1, by the three cases of Meta's `apply_scaling`."""
+    wavelength = 2 * math.pi / theta
+    if wavelength < context / high:
+        return theta
+    if wavelength > context / low:
+        return theta / factor
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * theta / factor + smooth * theta
 
 
 # --- parts of the model ---------------------------------------------------------------------------

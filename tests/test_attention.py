@@ -1,5 +1,7 @@
 """Laws of attention and positions: attention.py and kernels/attention.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels.attention as blocked
-from attention import Attention, Rope, causal_mask, document_mask
+from attention import POSITIONS, SCALINGS, Attention, Rope, causal_mask, document_mask
 from kernels.attention import Mask, attend, attend_obvious
 from kernels.elementwise import rotate
 from kernels.mask import visible
@@ -115,12 +117,68 @@ def test_document_mask_sees_its_own_document_and_no_other(seed, T):
         assert seen[b, 0, t, s] == (s <= t and document[b, s] == document[b, t])
 
 
-@given(seeds, st.integers(1, 6), st.integers(0, 3000), st.floats(10, 1e6))
-def test_rope_is_the_paper(seed, half, position, base):
+scalings = st.builds(
+    ModelConfig,
+    rope_scaling=st.sampled_from(sorted(SCALINGS)),
+    rope_base=st.floats(10, 1e6),
+    rope_factor=st.floats(1, 40),
+    rope_context=st.integers(1, 20_000),
+    rope_low=st.floats(0.1, 4),
+    rope_high=st.floats(4.5, 50),
+)
+
+
+def scaled(config):
+    """What the oracle makes of one frequency."""
+    c = config
+    return {
+        "none": lambda theta: theta,
+        "linear": lambda theta: theta / c.rope_factor,
+        "llama3": lambda theta: reference.llama3(
+            theta, c.rope_factor, c.rope_context, c.rope_low, c.rope_high
+        ),
+    }[c.rope_scaling]
+
+
+@given(scalings, st.lists(st.floats(0.01, 60), min_size=9, max_size=9))
+def test_scalings_are_their_formulas(config, turns):
+    """For frequencies that turned so often in the context: rarely, often, and between."""
+    theta = np.array(turns) * 2 * np.pi / config.rope_context
+    got = SCALINGS[config.rope_scaling](torch.from_numpy(theta), config)
+    assert_close(array(got) / theta, [scaled(config)(x) / x for x in theta])
+
+
+@given(seeds, st.integers(1, 6), st.integers(0, 3000), scalings)
+def test_rope_is_the_paper(seed, half, position, config):
     (x,) = normals(seed, (1, 1, 1, 2 * half))
-    got = rotate(x, *Rope(2 * half, base).rotation(torch.tensor([[position]])))[0, 0, 0]
+    config = replace(config, dim=2 * half, heads=1)
+    got = rotate(x, *POSITIONS["rope"](config).rotation(torch.tensor([[position]])))[0, 0, 0]
+    want = reference.rope(array(x[0, 0, 0]), position, config.rope_base, scaled(config))
     # the angle is computed in fp32, as in every checkpoint trained so far
-    assert_close(got, reference.rope(array(x[0, 0, 0]), position, base), 3e-7 * (position + 10))
+    assert_close(got, want, 3e-7 * (position + 10))
+
+
+@given(scalings, st.integers(1, 64))
+def test_rotation_is_that_of_transformers_bit_for_bit(config, half):
+    """Also 130,000 tokens into a text, where the last bit of a frequency is a different angle."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = replace(config, dim=2 * half, heads=1)
+    rope = {
+        "rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling,
+        "rope_theta": config.rope_base,
+        "factor": config.rope_factor,
+        "original_max_position_embeddings": config.rope_context,
+        "low_freq_factor": config.rope_low,
+        "high_freq_factor": config.rope_high,
+    }
+    theirs = llama.LlamaRotaryEmbedding(
+        llama.LlamaConfig(hidden_size=2 * half, num_attention_heads=1, rope_parameters=rope)
+    )
+    positions = torch.tensor([[0, 1, 77, 8191, 8192, 50_000, 131_071]])
+    for got, want in zip(
+        POSITIONS["rope"](config).rotation(positions), theirs(torch.ones(1), positions), strict=True
+    ):
+        assert torch.equal(got, want[..., :half])
 
 
 @given(seeds, st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))

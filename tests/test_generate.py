@@ -1,12 +1,17 @@
 """Laws of generate.py: which token is drawn, the cache, and what ends a text."""
 
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from unittest import mock
 
 import numpy as np
 import pytest
 import reference
 import torch
+from conftest import ROOT
 from helpers import array, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,13 +24,15 @@ from generate import (
     distribution,
     draw,
     generate,
+    load,
+    load_folder,
     load_tokenizer,
     load_weights,
-    model_config,
+    write,
 )
 from model import ModelConfig, Transformer
-from run import UserError
-from tokenizer import BPE
+from run import Run, UserError
+from tokenizer import BPE, END_OF_TEXT
 
 SMALL = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, context=12, vocab_size=11)
 
@@ -144,6 +151,16 @@ def test_a_text_ends_where_the_context_does(prompt, tokens):
         assert len(text) == min(tokens, 12 - prompt + 1)
 
 
+@given(seeds, st.lists(st.integers(0, 10), max_size=10, unique=True), st.booleans())
+def test_no_token_of_never_is_drawn(seed, never, greedy):
+    """Every other one as if these did not exist: their rows of the head do not matter."""
+    model, how = random_model(seed, tied=False), Sampling(2.0, greedy=greedy)
+    first = columns(generate(model, [[1]] * 4, 11, how, set(), seed, never))
+    assert not {token for text in first for token in text} & set(never)
+    model.head.data[never] += 1000
+    assert first == columns(generate(model, [[1]] * 4, 11, how, set(), seed, never))
+
+
 def test_a_prompt_longer_than_the_context_is_refused():
     with pytest.raises(UserError, match="13 tokens, more than the model's context"):
         next(generate(random_model(), [[1] * 13], 1, Sampling(), set(), 0))
@@ -186,14 +203,77 @@ def test_a_cast_model_keeps_its_norms():
     assert len(text) == 4
 
 
-# --- loading --------------------------------------------------------------------------------------
+# --- loading a run --------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
 
 
-def test_a_tokenizer_of_another_size_does_not_fit(tmp_path):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with one checkpoint of a model that was never trained."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer, config = BPE.bytes(), replace(SMALL, vocab_size=257)
+    run = Run.create("mine", {"model": asdict(config)})
+    tokenizer.save(run.folder / "tokenizer.json")
+    weights = random_model(vocab_size=257).float().state_dict()
+    run.save(1, weights, {}, {"text": f"{tokenizer.fingerprint}-0"})
+    return run
+
+
+def edit(run, **changes):
+    """Other settings of the model, by someone who knows about the hash; ... takes one away."""
+    path = run.folder / "config.json"
+    values = json.loads(path.read_text())
+    model = {k: v for k, v in (values["model"] | changes).items() if v is not ...}
+    path.write_text(json.dumps({"model": model}))
+
+
+def test_a_run_is_loaded_with_its_tokenizer(run):
+    model, tokenizer, begin, stop = load(run, CPU)
+    want = random_model(vocab_size=257).float().state_dict()
+    assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items())
+    assert tokenizer.fingerprint == BPE.bytes().fingerprint
+    assert (begin, stop) == ([256], {256})
+
+
+def test_a_run_older_than_a_setting_is_loaded(run):
+    edit(run, rope_scaling=..., rope_factor=..., rope_context=..., rope_low=..., rope_high=...)
+    assert load(run, CPU).model.config == replace(SMALL, vocab_size=257)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"dim": 10**9}, "must be 0 or more, below"),
+        ({"dim": 2**27}, r"embedding is \(257, 16\), not \(257, 134217728\)"),
+        ({"layers": 10**8}, "it has 2 blocks, not 100000000"),
+        ({"ffn_dim": 2**27}, r"ffn.down.weight is"),
+        ({"dim": "16"}, "config.json: model.dim cannot be '16'"),
+        ({"position": "rape"}, "position cannot be 'rape'"),
+        ({"width": 3}, "width"),
+        ({"dim": 30}, "not divisible"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights_are_refused(run, changes, named):
+    edit(run, **changes)
+    with pytest.raises(UserError, match=named) as caught:
+        load(run, CPU)
+    assert str(run.folder) in str(caught.value)
+
+
+def test_a_run_with_another_tokenizer_is_refused(run):
+    """As large as its own, and so would decode to nonsense."""
+    BPE.bytes(special=["<|begin|>"]).save(run.folder / "tokenizer.json")
+    with pytest.raises(UserError, match=r"mine/tokenizer.json is not the tokenizer that .*mine"):
+        load(run, CPU)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_does_not_fit(tmp_path):
     BPE.bytes().save(tmp_path / "tokenizer.json")
-    assert load_tokenizer(tmp_path / "tokenizer.json", 257).vocab_size == 257
-    with pytest.raises(UserError, match="257 tokens but the model was trained with 300"):
-        load_tokenizer(tmp_path / "tokenizer.json", 300)
+    for known in (257, 300):
+        assert load_tokenizer(tmp_path / "tokenizer.json", known).vocab_size == 257
+    with pytest.raises(UserError, match="257 tokens but the model knows 256"):
+        load_tokenizer(tmp_path / "tokenizer.json", 256)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path / "tokenizer.json", 257)
@@ -211,9 +291,69 @@ def test_weights_of_another_model_do_not_fit(tmp_path):
         load_weights(Transformer(SMALL), path)
 
 
+def test_weights_are_loaded_into_the_parameters_that_an_optimizer_knows(run):
+    model = Transformer(replace(SMALL, vocab_size=257))
+    before = list(model.parameters())
+    load_weights(model, run.newest() / "model.safetensors")
+    after = load(run, CPU).model.parameters()
+    for p, same, want in zip(before, model.parameters(), after, strict=True):
+        assert p is same and torch.equal(p, want)
+
+
+# --- loading a folder of Hugging Face -------------------------------------------------------------
+
+
+def folder_of(tmp_path, tokenizer, end, vocab_size=300):
+    """A Llama with random weights, and rows of its embedding that stand for nothing."""
+    model = random_model(qk_norm=False, vocab_size=vocab_size, context=40).float()
+    model.save(tmp_path / "model", end=end)
+    tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    return tmp_path / "model"
+
+
 @pytest.mark.parametrize(
-    "bad", [None, {"dim": "x"}, {"width": 3}, {"dim": True}, {"dim": 30, "heads": 4}]
+    "special, end, begins",
+    [
+        (["<|begin|>", END_OF_TEXT], 256, [256]),  # as config.json says
+        (["<|begin|>", END_OF_TEXT], None, [257]),  # as the tokenizer says
+        (["<|begin|>", END_OF_TEXT], 299, [257]),  # where config.json speaks of an unknown id
+        (["<|begin|>"], None, []),
+    ],
 )
-def test_settings_of_no_model_are_refused(bad, tmp_path):
-    with pytest.raises(UserError):
-        model_config(bad, tmp_path / "config.json")
+def test_a_folder_says_how_its_texts_begin(tmp_path, capsys, special, end, begins):
+    folder = folder_of(tmp_path, BPE.bytes(special), end)
+    writer = load_folder(folder, CPU)
+    assert (writer.begin, writer.stop) == (begins, set(begins))
+    for samples in (1, 3):
+        write(writer, Generate(prompt="ab", samples=samples, tokens=20, temperature=9.0))
+        assert capsys.readouterr().out.count("ab") >= samples
+    if not begins:
+        with pytest.raises(UserError, match="--prompt must not be empty"):
+            write(writer, Generate())
+
+
+def test_a_folder_with_a_larger_tokenizer_is_refused(tmp_path):
+    folder = folder_of(tmp_path, BPE.bytes(), None, vocab_size=200)
+    with pytest.raises(UserError, match="model has 257 tokens but the model knows 200"):
+        load_folder(folder, CPU)
+
+
+def start(*arguments):
+    """python generate.py …"""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "generate.py"), *map(str, arguments), "--device", "cpu"],
+        capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_the_script_writes_with_a_folder_s_model(tmp_path):
+    folder = folder_of(tmp_path, BPE.bytes(), 256)
+    done = start("--model", folder, "--prompt", "Return the", "--samples", "1", "--tokens", "5")
+    assert done.returncode == 0 and done.stdout.startswith("Return the"), done.stderr
+
+
+def test_a_folder_that_is_not_there_is_one_sentence():
+    done = start("--model", "nowhere")
+    assert (done.returncode, done.stderr) == (2, "error: there is no folder nowhere\n")
+    with pytest.raises(UserError, match="--run and --model are two models"):
+        Generate(run="mine", model="nowhere")

@@ -1,5 +1,6 @@
 """Laws of run.py: a run's folder is whole whatever happens, and its mistakes are one sentence."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,9 +8,12 @@ import struct
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from unittest.mock import patch
+from typing import Literal
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -28,6 +32,7 @@ from run import (
     load_tensors,
     plot_loss,
     read_json,
+    settings,
     smooth,
     write_json,
     write_whole,
@@ -114,6 +119,99 @@ def test_a_place_that_cannot_be_written_is_refused(runs):
         assert f"cannot make the run folder {runs}" in refusal(lambda n=name: Run.create(n, {}))
 
 
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", ".hidden", "/tmp/x", "a\nb", "\udcff", "x" * 201, "ü" * 101]
+)
+def test_a_name_that_is_no_folder_name_is_refused(name):
+    assert "cannot be the name" in refusal(lambda: Run.create(name, {}))
+    if len(name) > 3:
+        assert "no run named" in refusal(lambda: Run.open(2 * name))
+
+
+def test_a_run_that_was_killed_while_it_was_made_is_made_again(runs):
+    """At each of its writes: it is there with all its settings, or its name is free."""
+    k, made = 0, False
+    while not made:
+        with suppress(Killed), Plug(k):
+            Run.create("mine", {"steps": 3})
+            made = True
+        if (runs / "mine").exists():
+            assert Run.open("mine").config() == Run.open().config() == {"steps": 3}
+            if not made:
+                shutil.rmtree(runs / "mine")
+        else:
+            assert "no run" in refusal(lambda: Run.open("mine"))
+            assert "no run" in refusal(Run.open)
+            assert Run.create("", {}).folder.name == "run-001"
+            shutil.rmtree(runs / "run-001")
+        k += 1
+    left = {p.name for p in (runs / "mine").iterdir()}
+    assert left == {"checkpoints", "config.json", "lock"} and not list(runs.glob(".*")) and k > 5
+
+
+ELSEWHERE = """
+import sys, run
+from pathlib import Path
+run.RUNS = Path(sys.argv[1])
+mine = run.Run.resume("mine") if sys.argv[2] == "resume" else run.Run.create(sys.argv[2], {})
+print(mine.folder.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def elsewhere(runs: Path, what: str) -> subprocess.Popen:
+    """Another process that makes or resumes a run, and holds it."""
+    process = subprocess.Popen([sys.executable, "-c", ELSEWHERE, runs, what], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    process.name = process.stdout.readline().strip()
+    return process
+
+
+def test_a_run_has_one_writer(runs):
+    """Until it ends or is killed; reading is free."""
+    other = elsewhere(runs, "mine")
+    assert "exists already" in refusal(lambda: Run.create("mine", {}))
+    for _ in range(2):
+        sentence = refusal(lambda: Run.resume("mine"))
+        assert f"process {other.pid} is writing to {runs / 'mine'}" in sentence
+    assert Run.open("mine").config() == {}
+    other.kill()
+    other.communicate()
+    mine = Run.resume("mine")
+    assert (mine.folder / "lock").read_text() == f"{os.getpid()}\n"
+    assert str(os.getpid()) in refusal(lambda: Run.resume("mine"))
+    del mine
+    with elsewhere(runs, "resume") as third:
+        assert str(third.pid) in refusal(lambda: Run.resume("mine"))
+
+
+def test_two_processes_do_not_make_one_run(runs):
+    """The name is taken from the moment on at which another process begins to make its folder."""
+    first = Run(runs / ".mine.draft")
+    first.folder.mkdir(parents=True)
+    first.lock()
+    assert f"process {os.getpid()}" in refusal(lambda: Run.create("mine", {}))
+    first.file.close()
+
+    def faster(self):
+        (runs / "mine").mkdir()
+        (runs / "mine" / "config.json").write_text("of another process")
+
+    with patch.object(Run, "lock", faster):
+        assert "exists already" in refusal(lambda: Run.create("mine", {}))
+    assert (runs / "mine" / "config.json").read_text() == "of another process"
+
+
+def test_where_there_are_no_locks_a_run_has_none(runs):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for fcntl in (None, Mock(flock=no_locks, LOCK_EX=2, LOCK_NB=4)):
+        with patch.object(run, "fcntl", fcntl):
+            mine = fresh()
+            assert Run.resume(mine.folder.name).config() == {"steps": 3}
+
+
 def test_open_finds_a_run_by_its_name_its_path_or_as_the_newest(runs, tmp_path):
     for age, name in enumerate(["new", "old", "older"]):
         Run.create(name, {"name": name})
@@ -135,7 +233,9 @@ def test_open_without_any_run_says_how_to_make_one(runs):
     assert "python train.py" in refusal(Run.open)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"3", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff", b"3", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
 def test_settings_that_are_damaged_are_refused(runs, content):
     path = Run.create("mine", {}).folder / "config.json"
     path.write_bytes(content)
@@ -144,7 +244,10 @@ def test_settings_that_are_damaged_are_refused(runs, content):
     assert f"cannot read {path}" in refusal(lambda: read_json(path))
 
 
-@given(st.dictionaries(st.text(), st.integers() | st.text(st.characters()) | st.booleans()))
+values = st.dictionaries(st.text(), st.integers() | st.text(st.characters()) | st.booleans())
+
+
+@given(values)
 def test_json_comes_back(value):
     path = fresh().folder / "value.json"
     write_json(path, value)
@@ -188,6 +291,165 @@ def test_a_measurement_that_was_half_written_is_dropped(size):
     mine.forget_after(1)
     mine.measure(step=2, loss=2.0)
     assert mine.metrics() == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
+
+
+NO_ROWS = [
+    b"", b"x", b"\xff\xfe", b"3", b"[1]", b"null", b'{"loss": 1}', b'{"step": "1"}',
+    b'{"step": 1.0}', b'{"step": null}', b'{"step": -1}', b'{"step": 1' + b"0" * 30 + b"}",
+    b"[" * 100_000, b"9" * 5000, b'{"step": 1}{"step": 2}', b'{"step": [1]}', "{\u2028}".encode(),
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from([*NO_ROWS, None]), max_size=9))
+def test_a_damaged_line_hides_no_other(capsys, lines):
+    """Once all measurements behind it were lost."""
+    mine, rows = fresh(), []
+    with open(mine.folder / "metrics.jsonl", "wb") as file:
+        for step, line in enumerate(lines):
+            if line is None:
+                rows.append({"step": step, "loss": 0.5})
+                line = json.dumps(rows[-1]).encode()
+            file.write(line + b"\n")
+    capsys.readouterr()
+    assert mine.metrics() == rows
+    lost, said = len(lines) - len(rows), capsys.readouterr().err
+    assert (f"passed over {lost} of {len(lines)} lines in {mine.folder}" in said) == (lost > 0)
+    mine.forget_after(99)
+    capsys.readouterr()
+    assert mine.metrics() == rows and capsys.readouterr().err == ""
+
+
+WRITERS = {
+    "log.txt": lambda mine: mine.log("text"),
+    "metrics.jsonl": lambda mine: mine.measure(step=1),
+    "loss.png": plot_loss,
+    "checkpoints/step-000002": lambda mine: save(mine, 2),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_cannot_be_written_is_one_sentence_that_says_how_to_go_on(runs, name):
+    mine = Run.create("mine one", {})
+    path = mine.folder / name
+    if "checkpoints" in name:
+        path = path.parent
+        path.rmdir()
+        path.write_text("a file in the folder's place")
+    else:
+        path.mkdir()
+    sentence = refusal(lambda: WRITERS[name](mine))
+    assert f"cannot write {mine.folder / name}: " in sentence
+    assert "python train.py --name 'mine one' --resume" in sentence
+    assert not list(mine.folder.rglob("*draft*"))
+    away = Run(runs.parent / "moved")
+    assert away.command == f"python train.py --name {runs.parent}/moved --resume"
+
+
+def test_a_reader_of_the_log_that_has_seen_enough_is_no_full_disk():
+    with patch("sys.stdout.write", side_effect=BrokenPipeError), pytest.raises(BrokenPipeError):
+        fresh().log("text")
+    with patch("sys.stdout.write", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        assert "cannot write the output: No space left" in refusal(lambda: fresh().log("text"))
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@given(values, values)
+def test_settings_are_known_by_a_hash_of_themselves(value, other):
+    """A change is refused, unless the hash is deleted; another layout is no change."""
+    value.pop("hash", None)
+    mine = Run.create("", value)
+    path = mine.folder / "config.json"
+    assert mine.config() == value
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(written.items())), indent=7))
+    assert mine.config() == value
+    other = {**value, **other, "another": 1}
+    path.write_text(json.dumps({**other, "hash": written["hash"]}))
+    assert f"{path} is not what was written" in refusal(mine.config)
+    for bad in (None, 0, "", [], "[" * 9):
+        path.write_text(json.dumps({**value, "hash": bad}))
+        assert "delete its hash" in refusal(mine.config)
+    path.write_text(json.dumps(other))
+    assert mine.config() == other
+    mine.keep(value)
+    assert mine.config() == value and path.read_text() == json.dumps(written, indent=1) + "\n"
+
+
+def test_settings_that_are_nested_without_end_are_refused():
+    mine = fresh()
+    for depth in range(600, 1000, 7):
+        text = '{"hash": "", "a": ' + "[" * depth + "]" * depth + "}"
+        (mine.folder / "config.json").write_text(text)
+        assert str(mine.folder / "config.json") in refusal(mine.config)
+        text = '{"number": ' + "[" * depth + "]" * depth + "}"
+        with pytest.raises((UserError, RecursionError)):
+            settings(Outer, json.loads(text), "here")
+
+
+@dataclass(frozen=True)
+class Inner:
+    kind: Literal["a", "b"] = "a"
+    share: float = 0.5
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise UserError(f"--inner.share {self.share} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Outer:
+    number: int = 3
+    text: str = ""
+    yes: bool = False
+    inner: Inner = Inner()
+
+
+inners = st.builds(Inner, st.sampled_from("ab"), st.floats(0, 1))
+outers = st.builds(Outer, st.integers(), st.text(), st.booleans(), inners)
+
+
+@given(outers, st.sets(st.sampled_from(["number", "text", "yes", "inner", "kind", "share"])))
+def test_settings_come_back_and_what_an_old_run_lacks_has_its_default(outer, lacking):
+    stored = json.loads(json.dumps(asdict(outer)))
+    assert settings(Outer, stored, "here") == outer
+    for name in lacking:
+        stored.pop(name, None)
+        stored.get("inner", {}).pop(name, None)
+    made, default = settings(Outer, stored, "here"), Outer()
+    if "inner" in lacking:
+        assert made.inner == default.inner
+    for name in ("number", "text", "yes"):
+        assert getattr(made, name) == getattr(default if name in lacking else outer, name)
+    assert settings(Outer, {"inner": {"share": 1}}, "here").inner.share == 1.0
+
+
+WRONG = [
+    ({"number": "3"}, "number cannot be '3'"),
+    ({"number": True}, "number cannot be True"),
+    ({"number": 3.0}, "number cannot be 3.0"),
+    ({"number": None}, "number cannot be None"),
+    ({"number": [[[[[[[[1]]]]]]]]}, "number cannot be [[[[[[[...]]]]]]]"),
+    ({"text": 3}, "text cannot be 3"),
+    ({"text": ["x" * 999]}, "text cannot be ["),
+    ({"yes": 1}, "yes cannot be 1"),
+    ({"inner": 3}, "inner cannot be 3"),
+    ({"inner": {"kind": "c"}}, "inner.kind cannot be 'c'"),
+    ({"inner": {"kind": ["a"]}}, "inner.kind cannot be ['a']"),
+    ({"inner": {"share": "0.5"}}, "inner.share cannot be '0.5'"),
+    ({"inner": {"share": 10**400}}, "inner.share cannot be 1000"),
+    ({"inner": {"share": 7}}, "--inner.share 7.0 must lie between 0 and 1"),
+    ({"inner": {"more": 1}}, "knows no setting 'inner.more'"),
+    ({"b\n": 1, "a": 1}, "knows no setting 'a', 'b\\n'"),
+    ([1], "it cannot be [1]"),
+]
+
+
+@pytest.mark.parametrize("values, said", WRONG)
+def test_settings_of_another_kind_are_refused_by_name(values, said):
+    sentence = refusal(lambda: settings(Outer, values, "here"))
+    assert sentence.startswith("here: ") and said in sentence and len(sentence) < 200
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -287,7 +549,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(capsys, at):
             assert name == "manifest.json" and kind in ("flip", "cut")
         else:
             assert found == older and step_in(found) == 1
-            assert str(newer) in capsys.readouterr().err
+            said = capsys.readouterr().err
+            assert f"passed over {newer}: " in said and len(said.splitlines()) == 1
+            assert name in said, (kind, said)
         (newer / name).write_bytes(content)
         assert mine.newest() == newer
 
@@ -295,13 +559,36 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(capsys, at):
 @given(st.sampled_from(FILES), st.sampled_from(FILES))
 def test_if_all_checkpoints_are_damaged_none_is_loaded(one, other):
     mine = fresh()
-    harm(save(mine, 1) / one, "cut", 0.5)
-    harm(save(mine, 2) / other, "delete", 0)
-    assert f"{mine.folder} has no whole checkpoint" in refusal(mine.newest)
+    older, newer = save(mine, 1), save(mine, 2)
+    harm(older / one, "cut", 0.5)
+    harm(newer / other, "delete", 0)
+    sentence = refusal(mine.newest)
+    assert f"{mine.folder} has no whole checkpoint" in sentence
+    assert f"step-000002: {other}: No such file" in sentence and "step-000001: " in sentence
 
 
 def test_without_a_checkpoint_there_is_nothing_to_load():
-    assert "no whole checkpoint" in refusal(fresh().newest)
+    sentence = refusal(fresh().newest)
+    assert "no whole checkpoint" in sentence and "python train.py" in sentence
+
+
+def test_a_damaged_checkpoint_is_not_one_of_those_kept():
+    """Once it was, and the whole one before it went."""
+    mine = fresh()
+    for step in range(1, KEEP + 2):
+        save(mine, step)
+    harm(mine.checkpoints()[0] / "model.safetensors", "flip", 0.9)
+    save(mine, 9)
+    assert [step_in(p) for p in mine.checkpoints()] == [9, *range(KEEP, 0, -1)][:KEEP]
+
+
+def test_measurements_are_on_the_disk_before_the_checkpoint_that_follows_them():
+    mine, synced = fresh(), []
+    mine.measure(step=1)
+    with patch.object(run, "sync", lambda path: synced.append(path.name)):
+        final = save(mine, 1)
+    last = synced.index("checkpoints")  # after the rename
+    assert {"metrics.jsonl", f".{final.name}.draft", *FILES} <= {*synced[:last]}
 
 
 def test_a_tensor_file_that_cannot_be_read_is_refused(tmp_path):
@@ -395,12 +682,6 @@ def test_damaged_checkpoints_of_later_steps_go_with_the_next_save():
     assert [p.name for p in mine.checkpoints()] == ["step-000002"]
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "/tmp/x"])
-def test_a_name_that_is_no_folder_name_is_refused(name):
-    with pytest.raises(UserError, match="cannot be the name"):
-        Run.create(name, {})
-
-
 def test_a_draft_that_a_killed_process_left_is_ignored_and_goes():
     mine = fresh()
     draft = mine.folder / "checkpoints" / ".step-000002.draft"
@@ -423,10 +704,12 @@ def test_a_file_is_written_whole_or_not_at_all(old, new):
                 write_whole(path, new)
             finished = True
         except Killed:
-            assert path.read_bytes() == old
+            assert path.read_bytes() == (old if k < 3 else new)
         k += 1
-    assert path.read_bytes() == new and k == 4  # after the write, the sync and the rename
-    assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoints", "config.json", "file"]
+    assert path.read_bytes() == new and k == 5  # after the write, sync, rename and sync
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "checkpoints", "config.json", "file", "lock"
+    ]  # fmt: skip
 
 
 # --- the way out ----------------------------------------------------------------------------------
@@ -488,6 +771,7 @@ ROWS = {
     "held out": [{"step": s, "bits_per_byte": 3.0} for s in (10, 20)],
     "one step": [{"step": 1, "train_bits_per_byte": 2.0, "bits_per_byte": 2.1}],
     "beyond 8": [{"step": 1, "train_bits_per_byte": 30.0, "bits_per_byte": 20.0}],
+    "damaged": [{"step": s, "bits_per_byte": x} for s, x in enumerate([1e30, "3", None, -1e30, 3])],
     "other rows": [{"step": 1, "seconds": 0.1}],
 }
 

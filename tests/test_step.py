@@ -1,5 +1,7 @@
 """Laws of step.py and of kernels/cross_entropy.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 import kernels.cross_entropy as ce
 from bench import PlainTransformer
 from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_obvious
-from model import ModelConfig, Transformer
+from model import PRESETS, ModelConfig, Transformer
 from objectives import Batch
 from optim import OPTIMIZERS, OptimConfig
 from run import UserError
@@ -45,8 +47,8 @@ def batch_for(seed, B, T=7):
     return Batch(ids, targets_for(seed, B * T, 11).view(B, T), starts)
 
 
-def double_model(seed=0):
-    model = Transformer(SMALL, seed).double()
+def double_model(seed=0, config=SMALL):
+    model = Transformer(config, seed).double()
     for p, x in zip(
         model.parameters(), normals(seed, *(p.shape for p in model.parameters())), strict=True
     ):
@@ -177,9 +179,16 @@ def test_bf16_gradients_are_near_those_of_fp32():
     assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()
 
 
-def test_plain_torch_computes_the_same_loss():
+SMALL_GPT2 = replace(PRESETS["gpt2"], dim=16, layers=2, heads=4, context=12, vocab_size=11)
+SMALL_LLAMA = replace(SMALL, kv_heads=2, tied=False, qk_norm=False, rope_scaling="linear")
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, SMALL_GPT2, SMALL_LLAMA, replace(SMALL_GPT2, bias=False)]
+)
+def test_plain_torch_computes_the_same_loss(config):
     """The network that the bench compares with is the same network."""
-    model = double_model(1).float()
+    model = double_model(1, config).float()
     batch = batch_for(0, 3)._replace(starts=torch.zeros(3, 7, dtype=torch.long))
     want = loss_sum(model, batch) / (batch.targets != IGNORE).sum()
     assert_close(PlainTransformer(model)(batch.inputs, batch.targets), want, 1e-5)

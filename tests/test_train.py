@@ -1,52 +1,93 @@
 """Laws of train.py: resuming, interrupting, settings, and what bad input gets."""
 
+import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from typing import get_args, get_type_hints
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from model import PRESETS
-from run import Run, load_tensors
-from train import Train, parse
+import generate
+import train
+from data import DataConfig, TokenizerConfig, prepare
+from model import PRESETS, ModelConfig
+from optim import OptimConfig
+from run import Run, UserError, load_tensors, main
+from train import Train, Training, complete, loop, parse, stored
 
 TINY = [
     *("--model.dim", "16", "--model.heads", "2", "--model.layers", "1", "--model.context", "16"),
     *("--tokenizer.kind", "bytes", "--data.path", "text", "--batch", "2"),
     *("--evaluate-every", "4", "--save-every", "3", "--device", "cpu", "--dtype", "float32"),
 ]
+ONE = DataConfig("one.md")
+
+
+def write_texts(folder):
+    """Thirty small documents, and one that is longer."""
+    (folder / "text").mkdir()
+    for i in range(30):
+        (folder / "text" / f"{i:02}.txt").write_text(
+            f"Document {i}: " + "so on and so forth. " * (i % 5 + 1)
+        )
+    lines = (f"Line {i} is not line {i * i % 89}." for i in range(99))
+    (folder / "one.md").write_text("\n".join(lines))
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working folder with a little text in it."""
-    (tmp_path / "text").mkdir()
-    for i in range(30):
-        (tmp_path / "text" / f"{i:02}.txt").write_text(
-            f"Document {i}: " + "so on and so forth. " * (i % 5 + 1)
-        )
+    write_texts(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def start(script, *arguments, cwd="."):
+def start(script, *arguments):
+    """A script as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *arguments], cwd=cwd, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(ROOT / script), *arguments], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
-def run(script, *arguments, cwd="."):
-    process = start(script, *arguments, cwd=cwd)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+def run(script, *arguments, largest=-1):
+    """The same within this process, which is faster: (exit status, output, errors).
+
+    Files may have at most `largest` bytes.
+    """
+    scripts = {"train.py": train.script, "generate.py": generate.script}
+    out, err, status, threads = StringIO(), StringIO(), 0, torch.get_num_threads()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, -1))
+    torch.set_num_threads(1)
+    try:
+        with (
+            redirect_stdout(out), redirect_stderr(err),
+            patch.object(sys, "argv", [script, *arguments]),
+            patch("train.matmul_peak", return_value=1e9),
+        ):  # fmt: skip
+            main(scripts[script])
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        torch.set_num_threads(threads)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        gc.collect()  # an error may still hold a run, and with it the lock
+    return status, out.getvalue(), err.getvalue()
 
 
 def end_of(name):
@@ -102,6 +143,90 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(folder, optimize
     assert_same_end(one[:3], two[:3])
 
 
+def drawn(kind, name):
+    """One of the values that a setting may have."""
+    return st.sampled_from(get_args(get_type_hints(kind)[name]))
+
+
+models = st.builds(
+    ModelConfig, dim=st.just(16), heads=st.just(4), layers=st.integers(1, 2), context=st.just(16),
+    kv_heads=st.sampled_from([0, 1, 2]), position=drawn(ModelConfig, "position"),
+    norm=drawn(ModelConfig, "norm"), activation=drawn(ModelConfig, "activation"),
+    bias=st.booleans(), tied=st.booleans(), qk_norm=st.booleans(),
+)  # fmt: skip
+optims = st.builds(
+    OptimConfig, name=drawn(OptimConfig, "name"), schedule=drawn(OptimConfig, "schedule"),
+    warmup=st.sampled_from([0.0, 0.3]), clip=st.sampled_from([0.0, 0.1]),
+)  # fmt: skip
+configs = st.builds(
+    Train, model=models, optim=optims, data=st.sampled_from([DataConfig("text"), ONE]),
+    tokenizer=st.sampled_from([TokenizerConfig("bytes"), TokenizerConfig(vocab_size=300)]),
+    steps=st.integers(2, 14), batch=st.integers(1, 3), accumulate=st.integers(1, 2),
+    evaluate_every=st.integers(1, 5), save_every=st.integers(1, 5), seed=st.integers(0, 9),
+    device=st.just("cpu"), dtype=st.sampled_from(["float32", "bfloat16"]),
+)  # fmt: skip
+
+
+class Killed(BaseException):
+    """As a signal: no `except Exception` sees it."""
+
+
+STOPS = ["kill", "Ctrl-C", "kill before a save", "kill after a save"]
+
+
+def train_until(training, run, step, how):
+    """Train up to the last step, unless it is stopped: in a certain step, or by a save after it."""
+    advance, save = training.advance, training.save
+
+    def advance_or_stop():
+        if training.step == step and how == "kill":
+            raise Killed
+        if training.step == step and how == "Ctrl-C":
+            signal.raise_signal(signal.SIGINT)
+        return advance()
+
+    def save_or_stop(run):
+        if training.step > step and how == "kill before a save":
+            raise Killed
+        save(run)
+        if training.step > step and how == "kill after a save":
+            raise Killed
+
+    training.advance, training.save = advance_or_stop, save_or_stop
+    with suppress(Killed):
+        loop(training, run, 1.0)
+
+
+def check_resume(config, stops):
+    """Stopped at these steps and resumed each time, a run ends as one that was never stopped."""
+    corpus = prepare(config.data, config.tokenizer)
+    config = complete(config, corpus.tokenizer.vocab_size)
+    ends = []
+    for planned in ([], stops):
+        this = Run.create("", config)
+        for step, how in [*planned, (0, "")]:
+            training = Training(stored(this), corpus)
+            training.load(this)
+            train_until(training, this, step, how)
+        ends.append(end_of(this.folder.name))
+    assert_same_end(*ends)
+
+
+stops = st.lists(st.tuples(st.integers(0, 13), st.sampled_from(STOPS)), max_size=3)
+
+
+@given(configs, stops)
+def test_a_run_stopped_anywhere_ends_bit_for_bit_in_every_setting(folder, config, stops):
+    check_resume(config, stops)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, derandomize=False)
+@given(configs, stops)
+def test_many_runs_stopped_anywhere_end_bit_for_bit(folder, config, stops):
+    check_resume(config, stops)
+
+
 def test_the_same_command_gives_the_same_bits(folder):
     for name in ("one", "two"):
         assert run("train.py", *TINY, "--name", name, "--steps", "4")[0] == 0
@@ -137,13 +262,63 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(folder):
     assert_same_end(end_of("one"), end_of("two"))
 
 
-def test_a_run_leaves_everything_behind_that_it_was(folder):
-    code, out, err = run("train.py", *TINY, "--steps", "5")
+def test_a_finished_run_is_resumed_to_its_report(folder):
+    """Even without its measurements, its picture and its tokenizer."""
+    assert run("train.py", *TINY, "--steps", "6", "--name", "mine")[0] == 0
+    before, tokenizer = end_of("mine"), Path("runs/mine/tokenizer.json").read_bytes()
+    for name in ("metrics.jsonl", "loss.png", "log.txt"):
+        Path("runs/mine", name).unlink()
+    Path("runs/mine/tokenizer.json").write_bytes(tokenizer[:99])
+    code, out, err = run("train.py", "--name", "mine", "--resume")
     assert code == 0, err
+    assert "resumed  after step 6, the last one: more needs more --steps" in out
+    assert "held out: " in out and "--- sample 3 ---" in out
+    assert Path("runs/mine/tokenizer.json").read_bytes() == tokenizer
+    assert Path("runs/mine/loss.png").exists()
+    assert_same_end((*before[:3], []), end_of("mine"))
+
+
+def test_a_run_that_two_processes_want_has_one_writer(folder):
+    flags = [*TINY, "--name", "mine", "--steps", "100000"]
+    first = start("train.py", *flags)
+    while not Path("runs/mine/metrics.jsonl").exists():
+        time.sleep(0.02)
+        assert first.poll() is None
+    code, _, err = run("train.py", "--name", "mine", "--resume")
+    assert code == 2 and f"process {first.pid} is writing to runs/mine" in err
+    first.kill()
+    first.communicate()
+    code, _, err = run("train.py", "--name", "mine", "--resume", "--seed", "1")
+    assert code == 2 and "seed 0 → 1" in err
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(folder):
+    """A limit on the size of files stands for the disk: first a checkpoint is too large for it."""
+    flags = [*TINY, "--optim.schedule", "constant", "--evaluate-every", "1", "--steps"]
+    assert run("train.py", *flags, "8", "--name", "one")[0] == 0
+    assert run("train.py", *flags, "3", "--name", "two")[0] == 0
+    resume = ["--name", "two", "--resume", "--steps", "8"]
+    code, _, err = run("train.py", *resume, largest=20_000)
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert "cannot write runs/two/checkpoints/step-000006: " in err and "File too large" in err
+    assert "python train.py --name two --resume" in err
+    assert [p.name for p in Path("runs/two/checkpoints").iterdir()] == ["step-000003"]
+    code, _, err = run("train.py", *resume, largest=500)
+    assert code == 2 and "cannot write runs/two/" in err and len(err.strip().splitlines()) == 1
+    code, _, err = run("train.py", *resume)
+    assert code == 0, err
+    assert_same_end(end_of("one"), end_of("two"))
+
+
+def test_a_run_leaves_everything_behind_that_it_was(folder):
+    process = start("train.py", *TINY, "--steps", "5")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
     assert "bits per byte" in out and "--- sample 3 ---" in out
     left = Path("runs/run-001")
     assert {p.name for p in left.iterdir()} == {
-        "config.json", "metrics.jsonl", "log.txt", "tokenizer.json", "checkpoints", "loss.png"
+        "config.json", "metrics.jsonl", "log.txt", "tokenizer.json", "checkpoints", "loss.png",
+        "lock",
     }  # fmt: skip
     assert json.loads((left / "config.json").read_text())["dtype"] == "float32"
     assert (left / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -161,7 +336,7 @@ def test_a_run_leaves_everything_behind_that_it_was(folder):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_preset_is_changed_by_other_flags_in_either_order(order):
     flags = [["--model.preset", "gpt2"], ["--model.layers", "3"]][::order]
-    config, _ = parse([*flags[0], *flags[1]])
+    config = parse([*flags[0], *flags[1]])[0]
     assert config.model.layers == 3 and config.model.dim == 768
     assert config.model.position == "learned"
 
@@ -204,7 +379,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(folder, case):
     code, out, err = run("train.py", *TINY, *flags)
     assert code == 2, (out, err)
     assert named in out + err and "Traceback" not in err
-    if not err.startswith("╭"):  # tyro's own boxes
+    if "For full helptext" not in err:  # tyro's own
         assert len(err.strip().splitlines()) == 1
     left = [name for name in files(folder) if name not in before]
     assert not any("draft" in name for name in left)
@@ -218,32 +393,142 @@ def test_a_taken_name_is_refused_and_the_old_run_kept(folder):
     assert code == 2 and "runs/mine exists already" in err
     assert_same_end(before, end_of("mine"))
     code, _, err = run("train.py", "--resume", "--name", "mine", "--model.layers", "2")
-    assert code == 2 and "cannot go on with another model" in err
+    assert code == 2 and "cannot go on with another setting of model.layers 1 → 2" in err
     code, _, err = run("train.py", "--resume", "--steps", "0")
     assert code == 2 and "--steps must be at least 1" in err
     code, _, err = run("generate.py", "--run", "mine", "--prompt", "x" * 50)
     assert code == 2 and "more than the model's context of 16" in err
-    code, _, err = run("generate.py", "--run", "mine", "--prompt", b"\xff")
+    code, _, err = run("generate.py", "--run", "mine", "--prompt", os.fsdecode(b"\xff"))
     assert code == 2 and "--prompt is not text" in err
     code, _, err = run("generate.py", "--run", "text")
     assert code == 2 and "not a run" in err
 
 
-def test_a_run_does_not_go_on_with_another_text(folder):
-    assert run("train.py", *TINY, "--steps", "2", "--name", "mine")[0] == 0
-    code, _, err = run("train.py", "--name", "mine", "--resume", "--steps", "1")
-    assert code == 2 and "runs/mine has done 2 steps already" in err
-    with open("text/00.txt", "a") as file:
-        file.write("One more sentence.")
-    code, _, err = run("train.py", "--name", "mine", "--resume", "--steps", "4")
-    assert code == 2 and "the text is not the one that runs/mine was trained on" in err
+@pytest.fixture
+def mine(folder, monkeypatch):
+    """A run of two steps, and its training; that it is locked is of no interest here."""
+    monkeypatch.setattr("run.fcntl", None)
+    model = ModelConfig(dim=16, heads=2, layers=1, context=16)
+    config = Train(model=model, data=DataConfig("text"), tokenizer=TokenizerConfig("bytes"),
+                   steps=2, batch=2, device="cpu", dtype="float32")  # fmt: skip
+    return trained("mine", config)
 
 
-def test_a_damaged_config_is_refused(folder):
-    assert run("train.py", *TINY, "--steps", "1", "--name", "mine")[0] == 0
+def trained(name, config):
+    corpus = prepare(config.data, config.tokenizer)
+    training = Training(complete(config, corpus.tokenizer.vocab_size), corpus)
+    this = Run.create(name, training.config)
+    loop(training, this, 1.0)
+    return this, training
+
+
+def refusal(action):
+    """The one sentence of a UserError."""
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def resumed(*flags):
+    """The training that `python train.py --resume` starts from."""
+    config, this, changed = parse(["--resume", *flags])
+    corpus = prepare(config.data, config.tokenizer)
+    training = Training(complete(config, corpus.tokenizer.vocab_size), corpus)
+    training.load(this)
+    return training, changed
+
+
+def test_changed_settings_are_listed_kept_or_refused(mine):
+    _, changed = resumed("--steps", "5", "--save-every=7", "--evaluate-every", "9")
+    assert changed == [
+        "steps 2 → 5 (over which the learning rate's schedule now goes)",
+        "evaluate_every 200 → 9",
+        "save_every 500 → 7",
+    ]
+    assert resumed()[1] == [] and resumed("--name", "mine")[1] == []
+    flags = "--steps 5 --seed 3 --model.dim 32 --optim.lr 1 --data.path x --tokenizer.kind bpe"
+    sentence = refusal(lambda: resumed(*flags.split()))
+    assert sentence == (
+        "runs/mine cannot go on with another setting of model.dim 16 → 32, data.path 'text' → 'x', "
+        "tokenizer.kind 'bytes' → 'bpe', optim.lr 0.01 → 1.0, seed 0 → 3: start a new run for that"
+    )
+    code, out, err = run("train.py", "--resume", "--steps", "4")
+    assert code == 0, err
+    assert "\nchanged  steps 2 → 4" in out and "resumed  after step 2" in out
+    assert stored(mine[0]).steps == 4 and not stored(mine[0]).resume
+    assert "has done 4 steps already: give --steps 4 or more" in refusal(
+        lambda: resumed("--steps", "3")
+    )
+    assert stored(mine[0]).steps == 4
+
+
+def test_a_run_does_not_go_on_with_another_text(mine, folder):
+    def again(path, text):
+        before = path.read_bytes()
+        with open(path, "a") as file:
+            file.write(text)
+        sentence = refusal(resumed)
+        path.write_bytes(before)
+        return sentence
+
+    kept = mine[1].corpus.held.document(0)[1:].astype("uint8").tobytes()
+    texts = sorted(Path("text").iterdir())
+    held = next(p for p in texts if p.read_bytes() == kept)
+    other = next(p for p in texts if p != held)
+    for path in (held, other):
+        assert "the text is not the one that runs/mine was trained on" in again(path, "More.")
+    assert resumed()[0].step == 2
+
+
+def test_a_checkpoint_of_another_run_is_refused(mine):
+    this, training = mine
+    newest, config = this.newest(), training.config
+    others = {
+        "other": replace(config, optim=replace(config.optim, name="adamw")),
+        "larger": replace(config, model=replace(config.model, layers=2)),
+    }
+    for name, said in (("other", "another optimizer"), ("larger", "does not fit its config.json")):
+        foreign = trained(name, others[name])[0].newest()
+        shutil.rmtree(newest)
+        shutil.copytree(foreign, newest)
+        assert said in refusal(lambda: resumed("--name", "mine"))
+    for bad in ({}, {"step": "2", "epoch": 0, "row": 0}, {"step": 2, "epoch": 0, "row": -1}):
+        foreign = Run.create("", training.config).save(2, {}, {}, {})
+        (foreign / "train_state.json").write_text(json.dumps(bad))
+        assert "was not made by train.py" in refusal(lambda f=foreign: training.take_up(f, this))
+
+
+def test_bad_settings_in_a_config_are_refused_by_name(mine):
+    """A hash keeps changes out; who deletes it changes on purpose, but only to what can be."""
+    path = mine[0].folder / "config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "seed": 1}))
+    assert "runs/mine/config.json is not what was written" in refusal(resumed)
+    del written["hash"]
+    for values, said in (
+        ({"steps": "2"}, "steps cannot be '2'"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"model": {"dim": 16.0}}, "model.dim cannot be 16.0"),
+        ({"optim": {"name": "sgd"}}, "optim.name cannot be 'sgd'"),
+        ({"data": None}, "data cannot be None"),
+        ({"dropout": 0.1}, "knows no setting 'dropout'"),
+    ):
+        path.write_text(json.dumps({**written, **values}))
+        sentence = refusal(resumed)
+        assert sentence.startswith("runs/mine/config.json: ") and said in sentence
+    del written["seed"], written["optim"]["eps"]  # made before there were such settings
+    path.write_text(json.dumps(written))
+    assert resumed()[0].step == 2
+
+
+def test_a_damaged_config_is_refused(mine):
     path = Path("runs/mine/config.json")
     path.write_text(path.read_text()[:50])
-    for script, flags in (("train.py", ["--resume"]), ("generate.py", ["--samples", "1"])):
+    for script, flags in (
+        ("train.py", ["--resume"]),
+        ("generate.py", ["--samples", "1", "--device", "cpu"]),
+    ):
         code, _, err = run(script, *flags)
         assert code == 2 and "cannot read runs/mine/config.json" in err
 
