@@ -19,27 +19,23 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (byte
 """
 
 import codecs
-import gc
 import hashlib
 import heapq
 import json
 import os
 import re
-import signal
 import sys
 from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, pairwise
-from multiprocessing import current_process, get_context
 from operator import add
 from pathlib import Path
 from pydoc_data.topics import topics
 from reprlib import repr as short
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import tiktoken
 import tyro
@@ -47,13 +43,13 @@ from tqdm import tqdm
 
 import tokenizer_files
 from pieces import ASCII_PATTERNS, LAST_CUT, SPLIT_PATTERNS, splitter
+from processes import in_processes
 from tokenizer_files import Pair, to_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 LONG_PIECE = 100  # characters; from here on a heap beats looking for the best pair again and again
 CACHED_PIECES = 1 << 16  # pieces whose ids are remembered: some 10 MB
 BLOCK = 1 << 14  # characters of a stream that are encoded at once
-GROUP = 1 << 22  # characters, about, of many texts that go to a process at once
 
 Ranks = Mapping[Pair, int]  # of two neighbours; the lower merges first
 Tie = Literal["lowest ids", "greatest bytes"]  # which of equally common pairs is merged first
@@ -95,59 +91,6 @@ def sum_of(parts: Iterable[Counter[str]]) -> Counter[str]:
     for part in parts:
         total.update(part)
     return total
-
-
-# --- many texts at once ---------------------------------------------------------------------------
-
-
-def groups_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Neighbours together until they have `size` characters."""
-    group, held = [], 0
-    for text in texts:
-        group.append(text)
-        held += len(text)
-        if held >= size:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
-
-
-def in_processes(
-    work: Callable[[list[str]], Any], texts: Iterable[str], processes: int = 0
-) -> Iterator[Any]:
-    """work(a group of texts) of all groups in order, in several processes (0: one for each core).
-
-    Only a few groups of texts are in memory. A single group is not worth a process; nor are there
-    several where this one cannot be copied as it stands (fork, which Windows lacks).
-    """
-    groups = groups_of(texts, GROUP)
-    ahead = [*islice(groups, 2)]
-    cores = processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if cores == 1 or len(ahead) < 2 or current_process().daemon:
-        yield from map(work, chain(ahead, groups))
-        return
-    fork = get_context("fork")
-    with ProcessPoolExecutor(cores, fork, initializer=begin_work, initargs=(work,)) as pool:
-        waiting: deque[Future] = deque()
-        for group in chain(ahead, groups):
-            waiting.append(pool.submit(do_work, group))
-            if len(waiting) > 2 * cores:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def begin_work(work: Callable[[list[str]], Any]) -> None:
-    """In a new process: what `do_work` is to do, which need not be sent with each group."""
-    global the_work
-    the_work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
-    gc.freeze()  # what was there before is no garbage: it is not looked through, nor then copied
-
-
-def do_work(texts: list[str]) -> Any:
-    return the_work(texts)
 
 
 # --- pieces -> merges -----------------------------------------------------------------------------

@@ -5,20 +5,23 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bugs import BUGS
 from conftest import ROOT
 
 from bench import Bench
 from data import Show, TokenizerConfig
-from model import ModelConfig, Transformer, count_parameters
+from model import PRESETS, ModelConfig, Transformer, count_parameters
+from tokenizer import BPE
 from train import Train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 LADDER = [  # a file imports from rungs below its own, or from an earlier place on it
-    ["run", "kernels", "pieces", "tokenizer_files", "objectives", "optim", "tasks"],
+    ["run", "kernels", "pieces", "processes", "tokenizer_files", "objectives", "optim", "tasks"],
     ["tokenizer", "attention", "model_files"],
     ["data"],
     ["model"],
@@ -87,12 +90,15 @@ def from_docstrings():
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a book and a finished run, in which commands are tried one after another."""
+    """A folder with a book, a finished run and a GPT-2, in which commands are tried in turn."""
     folder = tmp_path_factory.mktemp("workplace")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in ("book.txt", "tinyshakespeare.txt", "README.md"):
         (folder / name).write_text(text)
     assert tried("python train.py --data.path book.txt --tokenizer.kind bytes", folder) == 0
+    gpt2 = replace(PRESETS["gpt2"], dim=16, layers=1, heads=2, context=16, vocab_size=257)
+    Transformer(gpt2).save(folder / "path/to/folder")
+    BPE.bytes().save(folder / "path/to/folder/tokenizer.json")
     return folder
 
 
@@ -157,14 +163,13 @@ def test_every_file_is_in_the_readme_s_reading_table():
 def test_numbers_in_the_readme_are_those_of_the_code():
     config = Train()
     vocabulary = TokenizerConfig().vocab_size
-    from dataclasses import replace
-
     default = count_parameters(Transformer(replace(config.model, vocab_size=vocabulary)))
     shakespeare = count_parameters(Transformer(ModelConfig(context=64, vocab_size=257)))
     bench = count_parameters(Transformer(Bench().model))
     for number in (default, shakespeare, bench):
         assert f"{number:,} parameters" in README
     assert f"{config.steps:,} steps" in README
+    assert f"{sum(len(bugs) for _, bugs in BUGS.values())} of them, in `tests/bugs.py`" in README
     assert Show().data == config.data
 
 

@@ -7,21 +7,26 @@ import pickle
 import random
 import re
 import resource
+import sys
+import time
 from collections import Counter
 from itertools import count, islice, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
+from subprocess import PIPE, Popen
 from unicodedata import category
 
 import pytest
 import regex
 import tiktoken
 import tokenizers
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import pieces
+import processes
 import tokenizer
 from bench import own_source
 from pieces import NEXT_CUT, SPLIT_PATTERNS
@@ -204,18 +209,18 @@ def test_the_fast_trainer_learns_the_same_on_real_text(tie):
 
 @given(st.lists(marked, max_size=9), st.integers(1, 3), st.integers(1, 40))
 @settings(max_examples=10)  # each starts some processes
-def test_processes_count_and_encode_as_one_does(texts, processes, group):
+def test_processes_count_and_encode_as_one_does(texts, number, group):
     one = count_pieces(texts, special=SPECIALS, processes=1)
     ids = [TRAINED.encode(text, "ids") for text in texts]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "GROUP", group)
-        assert count_pieces(texts, special=SPECIALS, processes=processes) == one
-        assert [*TRAINED.encode_batch(texts, "ids", processes)] == ids
+        patch.setattr(processes, "GROUP", group)
+        assert count_pieces(texts, special=SPECIALS, processes=number) == one
+        assert [*TRAINED.encode_batch(texts, "ids", number)] == ids
 
 
 def test_processes_get_their_texts_a_few_at_a_time(monkeypatch):
     """An endless stream is no trouble, nor is a reader who stops, nor a text that is none."""
-    monkeypatch.setattr(tokenizer, "GROUP", 1)
+    monkeypatch.setattr(processes, "GROUP", 1)
     read = []
     endless = (read.append(n) or f"text {n}" for n in count())
     ids = TRAINED.encode_batch(endless, processes=2)
@@ -224,6 +229,33 @@ def test_processes_get_their_texts_a_few_at_a_time(monkeypatch):
     ids.close()
     with pytest.raises(ValueError, match="surrogates"):
         list(TRAINED.encode_batch(["fine", "\ud800", "fine"], processes=2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is only one process")
+def test_processes_end_with_the_one_that_asked(tmp_path):
+    """Even when it is killed: they hold copies of its files, and of their locks."""
+    script = """
+import os, processes
+from itertools import repeat
+processes.GROUP = 1
+for pid in processes.in_processes(lambda texts: os.getpid(), repeat("text"), 2):
+    print(pid, flush=True)
+"""
+    with Popen([sys.executable, "-c", script], cwd=ROOT, stdout=PIPE, text=True) as process:
+        pids = {int(process.stdout.readline()) for _ in range(20)}
+        process.kill()
+    assert pids and process.pid not in pids
+    deadline = time.monotonic() + 10
+    while any(map(running, pids)):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.01)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_greatest_bytes_learn_the_worked_example_of_cs336():

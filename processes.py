@@ -1,0 +1,76 @@
+"""Many texts, several processes: Python alone does one thing at a time, a machine one on each core.
+
+Idea: what is done to each text alone can be done anywhere. Texts are sent in groups of some
+megabytes, so that sending costs little, and results come back in the order of the texts. Only a few
+groups are in memory at once: the texts may be an endless stream.
+
+Run: python -m pytest tests/test_tokenizer.py
+"""
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from multiprocessing import current_process, get_context
+from typing import TypeVar
+
+GROUP = 1 << 22  # characters, about, that go to a process at once
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+Result = TypeVar("Result")
+
+
+def groups_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Neighbours together until they have `size` characters."""
+    group, held = [], 0
+    for text in texts:
+        group.append(text)
+        held += len(text)
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def in_processes(
+    work: Callable[[list[str]], Result], texts: Iterable[str], processes: int = 0
+) -> Iterator[Result]:
+    """work(a group of texts) of all groups in order, in several processes (0: one for each core).
+
+    A single group is not worth a process. Only Linux has more than one: elsewhere a process cannot
+    be copied as it stands, or not safely.
+    """
+    groups = groups_of(texts, GROUP)
+    ahead = [*islice(groups, 2)]
+    cores = processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores == 1 or len(ahead) < 2 or current_process().daemon:
+        yield from map(work, chain(ahead, groups))
+        return
+    fork = get_context("fork")
+    with ProcessPoolExecutor(cores, fork, initializer=begin_work, initargs=(work,)) as pool:
+        waiting: deque[Future] = deque()
+        for group in chain(ahead, groups):
+            waiting.append(pool.submit(do_work, group))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def begin_work(work: Callable[[list[str]], Result]) -> None:
+    """In a new process: what `do_work` is to do, which need not be sent with each group."""
+    global the_work
+    the_work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and if it is killed, so is this one
+    gc.freeze()  # what was there before is no garbage: it is not looked through, nor then copied
+
+
+def do_work(texts: list[str]) -> Result:
+    return the_work(texts)
