@@ -1,7 +1,10 @@
 """What several test files draw from and compare with."""
 
 import mmap
+import resource
+import signal
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -137,3 +140,23 @@ def strided(x: torch.Tensor, how: int) -> torch.Tensor:
     else:
         y = x.detach().clone()
     return y.requires_grad_(x.requires_grad)
+
+
+@contextmanager
+def limited(memory: int, seconds: int):
+    """No more memory than these bytes beside what is held already, no more time than this."""
+
+    def late(*_):
+        raise TimeoutError
+
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, most))
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))

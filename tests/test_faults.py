@@ -8,7 +8,6 @@ Run: pytest tests/test_faults.py -m slow
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +23,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from conftest import ROOT
+from helpers import limited
 from test_train import TINY, assert_same_end, end_of, start, write_texts
 
 import run as run_module
@@ -333,26 +333,6 @@ def harm(folder: Path, rng: random.Random) -> str:
     return f"{name}: {how}"
 
 
-@contextmanager
-def limited():
-    """No more memory than a little, no more time than a moment."""
-
-    def late(*_):
-        raise TimeoutError
-
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, most))
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -385,7 +365,7 @@ def test_damage_is_passed_over_or_is_one_sentence(finished, capsys, files):
         left = set(metrics.read_bytes().splitlines()) & set(sound[metrics].splitlines())
         for action in (resume, write):
             try:
-                with limited():
+                with limited(MEMORY, SECONDS):
                     step, *parts, mark = action(run, corpus)
             except UserError as error:
                 assert "\n" not in str(error), (number, done, error)
