@@ -15,35 +15,37 @@ Papers: Raffel et al. 2020, on packing (arXiv 1910.10683); Ding et al. 2024, bes
 (arXiv 2404.10830).
 """
 
-import ast
-import glob
-import gzip
 import hashlib
 import json
 import lzma
-import os
 import shutil
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import tiktoken
-import torch
 import tyro
 from tqdm import tqdm
 
-from objectives import IGNORE, Rows
-from run import RUNS, UserError, generator, main, read_json, write_json
-from tokenizer import BPE, END_OF_TEXT
+from documents import (
+    SHORTEST,
+    Document,
+    files_of,
+    python_files,
+    read_file,
+    standard_library,
+)
+from objectives import IGNORE
+from packing import Shards, ShardWriter, Stream
+from run import RUNS, UserError, main, read_json, write_json
+from tokenizer import BPE
 
 CACHE = RUNS / "cache"
-SHARD_TOKENS = 1 << 27  # tokens in one file
 LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
 
 
@@ -79,131 +81,7 @@ class TokenizerConfig:
             )
 
 
-class Document(NamedTuple):
-    text: str
-    source: str
-
-
-# --- reading documents ----------------------------------------------------------------------------
-
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-NOT_PROSE = {
-    "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data",
-    "site-packages", "dist-packages", "__pycache__",
-}  # fmt: skip
-SHORTEST = 80  # characters: below that a docstring or comment says little
-
-
-def python_files() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (p for p in root.rglob("*.py") if not NOT_PROSE & set(p.relative_to(root).parts))
-    return sorted(files, key=lambda p: p.relative_to(root).as_posix())
-
-
-def standard_library() -> Iterator[Document]:
-    """Docstrings, comment blocks and `help()` topics of the running Python, in a fixed order."""
-    from pydoc_data.topics import topics
-
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for name, text in sorted(topics.items()):
-        yield Document(text.strip(), f"pydoc_data.topics[{name!r}]")
-    for path in tqdm(python_files(), "reading the standard library", leave=False, disable=None):
-        try:
-            source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source)
-        except (OSError, SyntaxError, ValueError):
-            continue
-        for line, text in sorted(prose(source, tree)):
-            if len(text) >= SHORTEST:
-                yield Document(text, f"{path.relative_to(root).as_posix()}:{line}")
-
-
-def prose(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, text) of each docstring and of each block of comment lines outside strings."""
-    in_string = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                yield node.body[0].lineno, text
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
-            in_string.update(range(node.lineno, node.end_lineno + 1))
-    block: list[str] = []
-    for number, line in enumerate([*source.split("\n"), ""], 1):
-        comment = line.strip()
-        if comment.startswith("#") and number not in in_string:
-            block.append(comment.lstrip("#").removeprefix(" "))
-        elif block:
-            yield number - len(block), "\n".join(block).strip()
-            block = []
-
-
-def files_of(path: str) -> list[Path]:
-    """The files that --data.path names, in a fixed order; UserError if it names none."""
-
-    def known(p: Path) -> bool:
-        return os.path.isfile(p) and p.name.lower().removesuffix(".gz").endswith(SUFFIXES)
-
-    def shown(p: Path) -> bool:
-        return not any(part.startswith(".") for part in p.relative_to(place).parts)
-
-    place = Path(os.path.expanduser(path))
-    if os.path.isfile(place):
-        if not known(place):
-            raise UserError(
-                f"{place}: text files end in {', '.join(SUFFIXES)} (or one of these + .gz)"
-            )
-        return [place]
-    if os.path.isdir(place):
-        files = sorted(p for p in place.rglob("*") if known(p) and shown(p))
-    else:  # a set, because a pattern with two ** finds a file twice
-        files = sorted(p for p in {*map(Path, glob.glob(str(place), recursive=True))} if known(p))
-    if not files:
-        what = "holds no" if os.path.exists(place) else "is no file or folder and matches no"
-        raise UserError(f"--data.path {path} {what} {', '.join(SUFFIXES)} file (or .gz of these)")
-    return files
-
-
-def read_file(path: Path) -> Iterator[Document]:
-    """One document a file, or split at <|endoftext|>; in .jsonl one a line, under "text"."""
-    text = read_text(path)
-    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(text.split("\n"), 1):  # JSON may hold U+2028, for example
-            where = f"{path}:{number}"
-            if line.strip() and (part := text_field(line, where)).strip():
-                yield Document(part, where)
-    elif END_OF_TEXT in text:
-        for number, part in enumerate(text.split(END_OF_TEXT), 1):
-            if part.strip():
-                yield Document(part.strip("\r\n"), f"{path}#{number}")
-    elif text.strip():
-        yield Document(text, str(path))
-
-
-def read_text(path: Path) -> str:
-    """The file as UTF-8 text, or a UserError that says what it is instead."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
-    except (OSError, EOFError, gzip.zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if b"\0" in data:
-        raise UserError(f"{path} is binary, not text: there is a zero byte at {data.index(0)}")
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start} has no "
-            "meaning; convert it, for example with iconv -t UTF-8"
-        ) from None
-
-
-def text_field(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        text.encode()
-        return text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'{where}: each line must be a JSON object with a string "text"') from None
+# --- reading documents ---------------------------------------------------------------------------
 
 
 def read_documents(config: DataConfig) -> Iterator[Document]:
@@ -250,70 +128,7 @@ def split(documents: Iterable[Document], held: np.ndarray) -> Iterator[tuple[Doc
             yield Document(document.text[cut:], document.source), True
 
 
-# --- token files ----------------------------------------------------------------------------------
-
-
-class Shards:
-    """Documents as tokens in memory-mapped files: <|endoftext|> and the text, one after another.
-
-    document(i) gives its tokens. As inputs they are asked for the next token each, the last one for
-    <|endoftext|>, so a document of n tokens is n pairs.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        offsets = np.fromfile(folder / f"{name}-offsets.int64", np.int64)
-        self.starts, self.lengths = offsets[:-1], np.diff(offsets)
-        dtype = np.dtype(read_json(folder / "meta.json")["dtype"])
-        files = sorted(folder.glob(f"{name}-*.bin"))
-        self.files = [np.memmap(path, dtype, "r") for path in files if path.stat().st_size]
-        self.borders = np.cumsum([0, *map(len, self.files)])
-        if (self.lengths < 1).any() or offsets[0] or offsets[-1] != self.borders[-1]:
-            raise ValueError(f"the lengths of the {name} documents do not fit their tokens")
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def document(self, i: int) -> np.ndarray:
-        shard = int(np.searchsorted(self.borders, self.starts[i], "right")) - 1
-        start = int(self.starts[i] - self.borders[shard])
-        return self.files[shard][start : start + int(self.lengths[i])]
-
-
-class ShardWriter:
-    """Writes what `Shards` reads; a document never crosses from one file to the next."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, end_of_text: int):
-        self.folder, self.name, self.dtype, self.end_of_text = folder, name, dtype, end_of_text
-        self.lengths: list[int] = []
-        self.number, self.filled, self.bytes = 0, 0, 0
-        self.hash = hashlib.blake2b(digest_size=8)
-        self.file = open(self.path(), "wb")  # noqa: SIM115 closed by close()
-
-    def path(self) -> Path:
-        return self.folder / f"{self.name}-{self.number:05d}.bin"
-
-    def write(self, ids: list[int], size: int) -> None:
-        if self.filled and self.filled + len(ids) >= SHARD_TOKENS:
-            self.file.close()
-            self.number, self.filled = self.number + 1, 0
-            self.file = open(self.path(), "wb")  # noqa: SIM115
-        data = np.array([self.end_of_text, *ids], self.dtype).tobytes()
-        self.file.write(data)
-        self.hash.update(data)
-        self.lengths.append(len(ids) + 1)
-        self.filled += len(ids) + 1
-        self.bytes += size
-
-    def close(self) -> dict:
-        self.file.close()
-        offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
-        offsets.tofile(self.folder / f"{self.name}-offsets.int64")
-        return {
-            "documents": len(self.lengths),
-            "tokens": sum(self.lengths),
-            "bytes": self.bytes,
-            "hash": self.hash.hexdigest(),
-        }
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -427,119 +242,6 @@ def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> BPE:
     if config.kind == "bytes":
         return BPE.bytes()
     return BPE.train(texts, config.vocab_size, config.pattern, progress=True)
-
-
-# --- packing --------------------------------------------------------------------------------------
-
-
-class Piece(NamedTuple):
-    """Pairs begin … begin + length − 1 of a document."""
-
-    document: int
-    begin: int
-    length: int
-
-
-def cut(lengths: np.ndarray, T: int, rng: np.random.Generator | None) -> list[Piece]:
-    """Documents in pieces of at most T pairs; with rng, a long one is cut elsewhere each time."""
-    pieces = []
-    for i, length in enumerate(lengths.tolist()):
-        begin = 0
-        if length > T and rng is not None and (first := int(rng.integers(T))):
-            pieces.append(Piece(i, 0, first))
-            begin = first
-        pieces += [Piece(i, b, min(T, length - b)) for b in range(begin, length, T)]
-    return pieces
-
-
-def best_fit(pieces: list[Piece], T: int) -> list[list[Piece]]:
-    """Rows of at most T pairs: the longest piece first, each into the fullest row with room for it.
-
-    `free[n]` are the rows with n places left; bit n of `some` says whether there are any.
-    """
-    rows: list[list[Piece]] = []
-    free: list[list[int]] = [[] for _ in range(T + 1)]
-    some = 0
-    for piece in sorted(pieces, key=lambda piece: -piece.length):
-        room = some >> piece.length
-        if room:
-            left = piece.length + (room & -room).bit_length() - 1
-            row = free[left].pop()
-            if not free[left]:
-                some &= ~(1 << left)
-        else:
-            left, row = T, len(rows)
-            rows.append([])
-        rows[row].append(piece)
-        if left := left - piece.length:
-            free[left].append(row)
-            some |= 1 << left
-    return rows
-
-
-def fill(rows: list[list[Piece]], shards: Shards, T: int, end_of_text: int) -> Rows:
-    """The tokens of packed rows."""
-    ids = np.full((len(rows), T), end_of_text, np.int64)
-    nexts = np.full((len(rows), T), IGNORE, np.int64)
-    starts = np.tile(np.arange(T), (len(rows), 1))
-    for b, row in enumerate(rows):
-        at = 0
-        for i, begin, length in row:
-            tokens, here = shards.document(i), slice(at, at + length)
-            ids[b, here] = tokens[begin : begin + length]
-            following = tokens[begin + 1 : begin + length + 1]
-            nexts[b, at : at + len(following)] = following
-            if begin + length == len(tokens):
-                nexts[b, at + length - 1] = end_of_text
-            starts[b, here] = at
-            at += length
-    return Rows(*map(torch.from_numpy, (ids, nexts, starts)))
-
-
-class Stream:
-    """Endless batches of packed rows, each epoch cut, packed and shuffled anew from (seed, epoch).
-
-    Its place is two numbers, `epoch` and `row`, which a checkpoint keeps.
-    """
-
-    def __init__(self, shards: Shards, T: int, end_of_text: int, seed: int):
-        self.shards, self.T, self.end_of_text, self.seed = shards, T, end_of_text, seed
-        if (pairs := int(shards.lengths.sum())) <= T:
-            raise UserError(
-                f"the training part of the corpus has {pairs} tokens, less than one window of "
-                f"--model.context {T}: give more text, or a smaller context"
-            )
-        self.seek(0, 0)
-
-    def seek(self, epoch: int, row: int) -> None:
-        self.epoch, self.row = epoch, row
-        seed = generator(self.seed, "data", epoch).initial_seed()
-        rng = np.random.default_rng(seed)
-        pieces = cut(self.shards.lengths, self.T, rng)
-        rng.shuffle(pieces)  # equal lengths meet in another order each epoch
-        self.rows = best_fit(pieces, self.T)
-        rng.shuffle(self.rows)
-
-    def take(self, B: int) -> Rows:
-        """The next B rows."""
-        rows: list[list[Piece]] = []
-        while len(rows) < B:
-            if self.row >= len(self.rows):
-                self.seek(self.epoch + 1, 0)
-            new = self.rows[self.row : self.row + B - len(rows)]
-            rows += new
-            self.row += len(new)
-        return fill(rows, self.shards, self.T, self.end_of_text)
-
-
-def whole(shards: Shards, T: int, B: int, end_of_text: int) -> Iterator[Rows]:
-    """Every pair of every document once, in batches of B rows, always the same: for evaluation.
-
-    A document is cut every T pairs; with the document mask its loss does not depend on neighbours.
-    """
-    rows = best_fit(cut(shards.lengths, T, None), T)
-    for i in range(0, len(rows), B):
-        yield fill(rows[i : i + B], shards, T, end_of_text)
 
 
 # --- demo -----------------------------------------------------------------------------------------

@@ -29,11 +29,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data import Corpus, DataConfig, Stream, TokenizerConfig, prepare, whole
+from data import Corpus, DataConfig, TokenizerConfig, prepare
 from generate import Sampling, generate, load_weights
 from model import ModelConfig, Transformer, count_parameters, preset_in, training_flops
 from objectives import OBJECTIVES
 from optim import OPTIMIZERS, OptimConfig, learning_rate
+from packing import Stream, whole
 from run import Run, UserError, load_tensors, main, plot_loss, read_json, settings, value_of
 from step import commit, evaluate, machine, matmul_peak, pick_device, pick_dtype, to, update
 

@@ -21,28 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+import documents
+import packing
 from attention import document_mask
-from data import (
-    DataConfig,
-    Document,
-    Shards,
-    ShardWriter,
-    Stream,
-    TokenizerConfig,
-    best_fit,
-    cut,
-    fill,
-    held_out,
-    prepare,
-    prose,
-    python_files,
-    read_documents,
-    split,
-    standard_library,
-    whole,
-)
+from data import DataConfig, TokenizerConfig, held_out, prepare, read_documents, split
+from documents import Document, prose, python_files, standard_library
 from kernels.mask import visible
 from objectives import IGNORE, Rows
+from packing import Shards, ShardWriter, Stream, best_fit, cut, fill, whole
 from run import UserError, read_json
 from tokenizer import BPE, END_OF_TEXT
 
@@ -267,7 +253,7 @@ def test_shards_give_back_what_was_written(tmp_path, sizes, dtype, per_file, see
     folder, rng = fresh(tmp_path), np.random.default_rng(seed)
     top = np.iinfo(dtype).max
     documents = [[END, *rng.integers(0, top, n, endpoint=True).tolist()] for n in sizes]
-    with patch.object(data, "SHARD_TOKENS", per_file):
+    with patch.object(packing, "SHARD_TOKENS", per_file):
         shards = store(folder, documents, dtype)
     assert len(shards) == len(documents)
     for i, document in enumerate(documents):
@@ -531,11 +517,11 @@ def test_the_standard_library_is_itself():
     for path in files:
         assert not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts[-6:])
     some = [path for path in files if path.name in ("heapq.py", "calendar.py", "os.py")]
-    with patch.object(data, "python_files", lambda: some):
-        documents = list(standard_library())
-        assert documents == list(read_documents(DataConfig())), "the order must be fixed"
-    topics = [d for d in documents if d.source.startswith("pydoc_data.topics[")]
-    rest = documents[len(topics) :]
+    with patch.object(documents, "python_files", lambda: some):
+        found = list(standard_library())
+        assert found == list(read_documents(DataConfig())), "the order must be fixed"
+    topics = [d for d in found if d.source.startswith("pydoc_data.topics[")]
+    rest = found[len(topics) :]
     assert len(topics) > 50 and all(d.text.strip() for d in topics)
     assert [d.source.split(":")[0] for d in rest] == sorted(d.source.split(":")[0] for d in rest)
     assert {d.source.split(":")[0] for d in rest} == {"calendar.py", "heapq.py", "os.py"}
@@ -546,7 +532,7 @@ def test_the_standard_library_is_itself():
 def test_a_file_of_the_standard_library_that_is_no_python_is_passed_over(tmp_path):
     bad = [write(tmp_path / "a.py", "def"), write(tmp_path / "b.py", b"\xff"), tmp_path / "none.py"]
     bad.append(write(tmp_path / "d.py", b"x = '\0'"))
-    with patch.object(data, "python_files", lambda: bad):
+    with patch.object(documents, "python_files", lambda: bad):
         assert all(d.source.startswith("pydoc_data") for d in standard_library())
 
 

@@ -9,9 +9,9 @@ from helpers import normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import Piece, best_fit, cut, fill
 from kernels.cross_entropy import cross_entropy, cross_entropy_obvious
 from objectives import IGNORE, OBJECTIVES, Batch, Rows, causal
+from packing import Piece, best_fit, cut, fill
 
 END = 0
 V = 13

@@ -23,6 +23,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 LADDER = [  # a file imports from rungs below its own, or from an earlier place on it
     ["run", "kernels", "pieces", "processes", "tokenizer_files", "objectives", "optim", "tasks"],
     ["tokenizer", "attention", "model_files"],
+    ["documents", "packing", "wordpiece", "unigram", "sentencepiece_files"],
     ["data"],
     ["model"],
     ["step"],

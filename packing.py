@@ -1,0 +1,203 @@
+"""Tokens in files, and rows of a fixed length packed from them.
+
+Idea: documents become tokens once, in memory-mapped shards. A row is packed with whole documents
+where they fit, the longest first, each into the fullest row with room for it; no token is lost,
+repeated or seen across a border. An epoch is cut, packed and shuffled from (seed, epoch) alone, so
+that a place in it is two numbers.
+
+Run: python -m pytest tests/test_data.py
+
+Papers: Raffel et al. 2020, on packing (arXiv 1910.10683); Ding et al. 2024, best-fit packing
+(arXiv 2404.10830).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from objectives import IGNORE, Rows
+from run import UserError, generator, read_json
+
+SHARD_TOKENS = 1 << 27  # tokens in one file
+
+# --- token files ----------------------------------------------------------------------------------
+
+
+class Shards:
+    """Documents as tokens in memory-mapped files: <|endoftext|> and the text, one after another.
+
+    document(i) gives its tokens. As inputs they are asked for the next token each, the last one for
+    <|endoftext|>, so a document of n tokens is n pairs.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        offsets = np.fromfile(folder / f"{name}-offsets.int64", np.int64)
+        self.starts, self.lengths = offsets[:-1], np.diff(offsets)
+        dtype = np.dtype(read_json(folder / "meta.json")["dtype"])
+        files = sorted(folder.glob(f"{name}-*.bin"))
+        self.files = [np.memmap(path, dtype, "r") for path in files if path.stat().st_size]
+        self.borders = np.cumsum([0, *map(len, self.files)])
+        if (self.lengths < 1).any() or offsets[0] or offsets[-1] != self.borders[-1]:
+            raise ValueError(f"the lengths of the {name} documents do not fit their tokens")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, i: int) -> np.ndarray:
+        shard = int(np.searchsorted(self.borders, self.starts[i], "right")) - 1
+        start = int(self.starts[i] - self.borders[shard])
+        return self.files[shard][start : start + int(self.lengths[i])]
+
+
+class ShardWriter:
+    """Writes what `Shards` reads; a document never crosses from one file to the next."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, end_of_text: int):
+        self.folder, self.name, self.dtype, self.end_of_text = folder, name, dtype, end_of_text
+        self.lengths: list[int] = []
+        self.number, self.filled, self.bytes = 0, 0, 0
+        self.hash = hashlib.blake2b(digest_size=8)
+        self.file = open(self.path(), "wb")  # noqa: SIM115 closed by close()
+
+    def path(self) -> Path:
+        return self.folder / f"{self.name}-{self.number:05d}.bin"
+
+    def write(self, ids: list[int], size: int) -> None:
+        if self.filled and self.filled + len(ids) >= SHARD_TOKENS:
+            self.file.close()
+            self.number, self.filled = self.number + 1, 0
+            self.file = open(self.path(), "wb")  # noqa: SIM115
+        data = np.array([self.end_of_text, *ids], self.dtype).tobytes()
+        self.file.write(data)
+        self.hash.update(data)
+        self.lengths.append(len(ids) + 1)
+        self.filled += len(ids) + 1
+        self.bytes += size
+
+    def close(self) -> dict:
+        self.file.close()
+        offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
+        offsets.tofile(self.folder / f"{self.name}-offsets.int64")
+        return {
+            "documents": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "bytes": self.bytes,
+            "hash": self.hash.hexdigest(),
+        }
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Pairs begin … begin + length − 1 of a document."""
+
+    document: int
+    begin: int
+    length: int
+
+
+def cut(lengths: np.ndarray, T: int, rng: np.random.Generator | None) -> list[Piece]:
+    """Documents in pieces of at most T pairs; with rng, a long one is cut elsewhere each time."""
+    pieces = []
+    for i, length in enumerate(lengths.tolist()):
+        begin = 0
+        if length > T and rng is not None and (first := int(rng.integers(T))):
+            pieces.append(Piece(i, 0, first))
+            begin = first
+        pieces += [Piece(i, b, min(T, length - b)) for b in range(begin, length, T)]
+    return pieces
+
+
+def best_fit(pieces: list[Piece], T: int) -> list[list[Piece]]:
+    """Rows of at most T pairs: the longest piece first, each into the fullest row with room for it.
+
+    `free[n]` are the rows with n places left; bit n of `some` says whether there are any.
+    """
+    rows: list[list[Piece]] = []
+    free: list[list[int]] = [[] for _ in range(T + 1)]
+    some = 0
+    for piece in sorted(pieces, key=lambda piece: -piece.length):
+        room = some >> piece.length
+        if room:
+            left = piece.length + (room & -room).bit_length() - 1
+            row = free[left].pop()
+            if not free[left]:
+                some &= ~(1 << left)
+        else:
+            left, row = T, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if left := left - piece.length:
+            free[left].append(row)
+            some |= 1 << left
+    return rows
+
+
+def fill(rows: list[list[Piece]], shards: Shards, T: int, end_of_text: int) -> Rows:
+    """The tokens of packed rows."""
+    ids = np.full((len(rows), T), end_of_text, np.int64)
+    nexts = np.full((len(rows), T), IGNORE, np.int64)
+    starts = np.tile(np.arange(T), (len(rows), 1))
+    for b, row in enumerate(rows):
+        at = 0
+        for i, begin, length in row:
+            tokens, here = shards.document(i), slice(at, at + length)
+            ids[b, here] = tokens[begin : begin + length]
+            following = tokens[begin + 1 : begin + length + 1]
+            nexts[b, at : at + len(following)] = following
+            if begin + length == len(tokens):
+                nexts[b, at + length - 1] = end_of_text
+            starts[b, here] = at
+            at += length
+    return Rows(*map(torch.from_numpy, (ids, nexts, starts)))
+
+
+class Stream:
+    """Endless batches of packed rows, each epoch cut, packed and shuffled anew from (seed, epoch).
+
+    Its place is two numbers, `epoch` and `row`, which a checkpoint keeps.
+    """
+
+    def __init__(self, shards: Shards, T: int, end_of_text: int, seed: int):
+        self.shards, self.T, self.end_of_text, self.seed = shards, T, end_of_text, seed
+        if (pairs := int(shards.lengths.sum())) <= T:
+            raise UserError(
+                f"the training part of the corpus has {pairs} tokens, less than one window of "
+                f"--model.context {T}: give more text, or a smaller context"
+            )
+        self.seek(0, 0)
+
+    def seek(self, epoch: int, row: int) -> None:
+        self.epoch, self.row = epoch, row
+        seed = generator(self.seed, "data", epoch).initial_seed()
+        rng = np.random.default_rng(seed)
+        pieces = cut(self.shards.lengths, self.T, rng)
+        rng.shuffle(pieces)  # equal lengths meet in another order each epoch
+        self.rows = best_fit(pieces, self.T)
+        rng.shuffle(self.rows)
+
+    def take(self, B: int) -> Rows:
+        """The next B rows."""
+        rows: list[list[Piece]] = []
+        while len(rows) < B:
+            if self.row >= len(self.rows):
+                self.seek(self.epoch + 1, 0)
+            new = self.rows[self.row : self.row + B - len(rows)]
+            rows += new
+            self.row += len(new)
+        return fill(rows, self.shards, self.T, self.end_of_text)
+
+
+def whole(shards: Shards, T: int, B: int, end_of_text: int) -> Iterator[Rows]:
+    """Every pair of every document once, in batches of B rows, always the same: for evaluation.
+
+    A document is cut every T pairs; with the document mask its loss does not depend on neighbours.
+    """
+    rows = best_fit(cut(shards.lengths, T, None), T)
+    for i in range(0, len(rows), B):
+        yield fill(rows[i : i + B], shards, T, end_of_text)
