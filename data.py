@@ -18,6 +18,7 @@ Papers: Raffel et al. 2020, on packing (arXiv 1910.10683); Ding et al. 2024, bes
 import hashlib
 import json
 import lzma
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,42 +26,48 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tiktoken
 import tyro
 from tqdm import tqdm
 
-from documents import (
-    SHORTEST,
-    Document,
-    files_of,
-    python_files,
-    read_file,
-    standard_library,
-)
+import clean
+import documents
+import packing
+from clean import Item, Step, Store, gather
+from documents import Document, Problem, files_of, python_files, read
 from objectives import IGNORE
-from packing import Shards, ShardWriter, Stream
+from packing import Mixture, Part, Shards, ShardWriter
 from run import RUNS, UserError, main, read_json, write_json
 from tokenizer import BPE
 
+MADE_BY = (clean, documents, packing)  # what they do decides what the token files hold
 CACHE = RUNS / "cache"
 LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from."""
+    """Where the text comes from, and what becomes of it before it is trained on."""
 
     path: str = (
         ""  # file, folder or glob of .txt .md .py .jsonl (also .gz); empty: Python's own prose
     )
+    mix: tuple[str, ...] = ()  # instead of path, several sources: name=path or name=path@weight
+    temperature: float = 1.0  # of weights that are not given: tokens^(1/temperature)
+    strict: bool = False  # stop at the first line or file that cannot be read
     held_out: float = 0.05  # share of the documents never trained on (one document: its last tenth)
 
     def __post_init__(self):
         if not 0 < self.held_out < 1:
             raise UserError(f"--data.held-out {self.held_out} must lie between 0 and 1")
+        if not self.temperature > 0:
+            raise UserError(f"--data.temperature {self.temperature} must be above 0")
+        if self.mix and self.path:
+            raise UserError("--data.path and --data.mix both name the text: give one of them")
+        sources_of(self)
 
 
 @dataclass(frozen=True)
@@ -81,30 +88,67 @@ class TokenizerConfig:
             )
 
 
-# --- reading documents ---------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
-    if not config.path:
-        yield from standard_library()
-    else:
-        for path in files_of(config.path):
-            yield from read_file(path)
+class Source(NamedTuple):
+    """Documents with a name, and how often they are to be seen beside others."""
+
+    name: str
+    path: str  # as --data.path
+    weight: float | None  # None: by size
+
+
+def sources_of(config: DataConfig) -> list[Source]:
+    """The sources that the settings name; UserError where they cannot be mixed."""
+    if not config.mix:
+        return [Source("corpus", config.path, 1.0)]
+    sources = [source_of(text) for text in config.mix]
+    names, weights = [s.name for s in sources], [s.weight for s in sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"--data.mix names a source twice: {', '.join(names)}")
+    if any(w is None for w in weights) != all(w is None for w in weights):
+        raise UserError("--data.mix: give each source a weight, as in name=path@2, or none")
+    if None not in weights and not sum(weights) > 0:
+        raise UserError("--data.mix: the weights sum to nothing")
+    return sources
+
+
+def source_of(text: str) -> Source:
+    """name=path, name=path@weight, or name= for Python's own prose."""
+    name, equals, path = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UserError(f"--data.mix {text!r} must be a name, =, and a path, as in books=books/")
+    path, at, number = path.rpartition("@") if "@" in path else (path, "", "")
+    try:
+        weight = float(number) if at else None
+    except ValueError:  # a path with an @
+        path, weight = f"{path}@{number}", None
+    if weight is not None and not 0 <= weight < math.inf:
+        raise UserError(f"--data.mix {text!r}: a weight is a number from 0 on")
+    return Source(name, path, weight)
+
+
+def read_all(config: DataConfig) -> Iterator[tuple[Document | Problem, int]]:
+    """All that the sources hold, one after another, with the number of the source."""
+    for number, source in enumerate(sources_of(config)):
+        for found in read(source.path):
+            yield found, number
 
 
 # --- holding out ----------------------------------------------------------------------------------
 
 
-def held_out(documents: Iterable[Document], share: float) -> np.ndarray:
-    """Which documents are held out: those whose text hashes into the lowest `share` of all hashes.
+def held_out(texts: Iterable[str], share: float) -> np.ndarray:
+    """Which texts are held out: those that hash into the lowest `share` of all hashes.
 
     At least one, and never all: if the hashes leave a side empty, the lowest or highest one goes
-    there (only then can a document added later take its place).
+    there (only then can a text added later take its place).
     """
     marks = np.array(
         [
-            int.from_bytes(hashlib.blake2b(d.text.encode(), digest_size=8).digest(), "big")
-            for d in documents
+            int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+            for text in texts
         ],
         dtype=np.uint64,
     )
@@ -117,15 +161,16 @@ def held_out(documents: Iterable[Document], share: float) -> np.ndarray:
     return held
 
 
-def split(documents: Iterable[Document], held: np.ndarray) -> Iterator[tuple[Document, bool]]:
-    """(document, is it held out). A single document is cut: its last tenth is held out."""
-    for document, out in zip(documents, held, strict=True):
+def split(items: Iterable[Item], held: np.ndarray) -> Iterator[tuple[Item, bool]]:
+    """(item, is it held out). A single document is cut: its last tenth is held out."""
+    for item, out in zip(items, held, strict=True):
         if len(held) > 1:
-            yield document, bool(out)
+            yield item, bool(out)
         else:
+            document = item.document
             cut = int(len(document.text) * (1 - LAST_TENTH))
-            yield Document(document.text[:cut], document.source), False
-            yield Document(document.text[cut:], document.source), True
+            for text, is_out in ((document.text[:cut], False), (document.text[cut:], True)):
+                yield item._replace(document=document._replace(text=text)), is_out
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -139,6 +184,11 @@ class Corpus:
     train: Shards
     held: Shards
     meta: dict = field(repr=False)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The sources of the training part, with the weights of their mixture."""
+        return [Part(**part) for part in self.meta["parts"]]
 
 
 def prepare(
@@ -180,54 +230,89 @@ def make(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def identity(config: DataConfig) -> list:
-    """What a corpus is known by: its files' names, sizes and times, and how it is split."""
-    files = files_of(config.path) if config.path else python_files()
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    own = [] if config.path else [sys.version, SHORTEST]
-    return [config.held_out, LAST_TENTH, stats, own]
+    """What a corpus is known by: settings, its files' names, sizes and times, and this program."""
+    found = []
+    for source in sources_of(config):
+        files = files_of(source.path) if source.path else python_files()
+        found += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        found += [] if source.path else [sys.version]
+    made_by = [hashlib.blake2b(Path(m.__file__).read_bytes()).hexdigest() for m in MADE_BY]
+    return [asdict(config), found, made_by]
 
 
 def tokenize(
     config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None, out: Path
 ) -> None:
     """Read, hold out, train the tokenizer on what is left, write tokens and a description."""
-    again = (lambda: read_documents(config)) if config.path else list(standard_library()).__iter__
-    held = held_out(again(), config.held_out)
+    with TemporaryDirectory(dir=out.parent) as scratch:
+        store = Store(Path(scratch, "documents"))
+        step = gather(read_all(config), store, config.strict)
+        held = held_out(store.texts, config.held_out)
+        check(config, held, step)
+        if tokenizer is None:
+            texts = (item.document.text for item, is_out in split(store, held) if not is_out)
+            tokenizer = make_tokenizer(texts, cutting)
+        meta = write_tokens(split(store, held), len(held), tokenizer, out)
+    tokenizer.save(out / "tokenizer.json")
+    parts = parts_of(config, meta.pop("sources"))
+    own = f"prose of Python {sys.version.split()[0]}'s standard library"
+    source = ", ".join(s.path or own for s in sources_of(config))
+    steps = [asdict(step)]
+    write_json(out / "meta.json", {"source": source, "parts": parts, "steps": steps, **meta})
+
+
+def check(config: DataConfig, held: np.ndarray, step: Step) -> None:
+    """UserError if there is nothing to train on, or nothing to hold out."""
+    where = config.path or " ".join(config.mix)
     if not len(held):
-        raise UserError(f"there is no text in {config.path}: every file is empty")
+        why = "every file is empty"
+        if "cannot be read" in step.dropped:
+            why = step.examples["cannot be read"][0]
+        raise UserError(f"there is no text in {where}: {why}")
     if len(held) > 1 and held.all() == held.any():
         raise UserError(
-            f"{config.path} holds {len(held)} copies of one document, so that none can be held "
-            "out: give more text, or only one copy"
+            f"{where} holds {len(held)} copies of one document, so that none can be held out: "
+            "give more text, or only one copy"
         )
-    if tokenizer is None:
-        tokenizer = make_tokenizer(
-            (d.text for d, out_ in split(again(), held) if not out_), cutting
-        )
+
+
+def write_tokens(
+    parts: Iterable[tuple[Item, bool]], count: int, tokenizer: BPE, out: Path
+) -> dict[str, Any]:
+    """The shards of both sides; what they hold, also by source, and what lzma makes of one."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writers = [ShardWriter(out, name, dtype, tokenizer.end_of_text) for name in ("train", "held")]
-    press, squeezed = lzma.LZMACompressor(), 0
-    fast = tokenizer.to_tiktoken()
-    parts = split(tqdm(again(), "tokens", len(held), leave=False, disable=None, unit="doc"), held)
+    press, squeezed, fast = lzma.LZMACompressor(), 0, tokenizer.to_tiktoken()
+    sources: dict[int, list[int]] = {}  # documents and tokens trained on
+    parts = iter(tqdm(parts, "tokens", count, leave=False, disable=None, unit="doc"))
     while batch := list(islice(parts, 512)):
-        ids = encode(tokenizer, fast, [document.text for document, _ in batch])
-        for (document, is_held), tokens in zip(batch, ids, strict=True):
-            data = document.text.encode()
-            writers[is_held].write(tokens, len(data))
-            squeezed += len(press.compress(data)) if is_held else 0
+        ids = encode(tokenizer, fast, [item.document.text for item, _ in batch])
+        for (item, is_out), tokens in zip(batch, ids, strict=True):
+            data = item.document.text.encode()
+            writers[is_out].write(tokens, len(data))
+            if is_out:
+                squeezed += len(press.compress(data))
+            else:
+                documents, before = sources.get(item.source, (0, 0))
+                sources[item.source] = [documents + 1, before + len(tokens) + 1]
     squeezed += len(press.flush())
-    train, validation = (writer.close() for writer in writers)
-    tokenizer.save(out / "tokenizer.json")
-    write_json(
-        out / "meta.json",
-        {
-            "source": config.path or f"prose of Python {sys.version.split()[0]}'s standard library",
-            "dtype": dtype.name,
-            "train": train,
-            "held": validation,
-            "lzma_bits_per_byte": 8 * squeezed / max(1, validation["bytes"]),
-        },
-    )
+    train, held = (writer.close() for writer in writers)
+    bits = 8 * squeezed / max(1, held["bytes"])
+    return {
+        "dtype": dtype.name, "train": train, "held": held, "lzma_bits_per_byte": bits,
+        "sources": sources,
+    }  # fmt: skip
+
+
+def parts_of(config: DataConfig, found: dict[int, list[int]]) -> list[dict[str, Any]]:
+    """Of each source its place among the documents trained on, and its weight."""
+    parts, first = [], 0
+    for number, source in enumerate(sources_of(config)):
+        documents, tokens = found.get(number, (0, 0))
+        weight = tokens ** (1 / config.temperature) if source.weight is None else source.weight
+        parts.append(Part(source.name, first, documents, weight)._asdict())
+        first += documents
+    return parts
 
 
 def encode(tokenizer: BPE, fast: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
@@ -267,16 +352,17 @@ def show() -> None:
     for i in range(0, len(corpus.held), max(1, len(corpus.held) // 3)):
         text = tokenizer.decode(corpus.held.document(i)[1:61].tolist())
         print(f"\n  held out, document {i}: {' '.join(text.split())} …")
-    stream = Stream(corpus.train, config.context, tokenizer.end_of_text, 0)
-    rows = stream.take(6)
+    mixture = Mixture(corpus.train, config.context, tokenizer.end_of_text, 0, corpus.parts)
+    rows = mixture.take(6)
     print(f"\nsix rows of {config.context} tokens; a letter is a document, a dot is padding:")
     for starts, nexts in zip(rows.starts.tolist(), rows.nexts.tolist(), strict=True):
         letters = {s: chr(97 + n % 26) for n, s in enumerate(dict.fromkeys(starts))}
         print("  " + "".join("." if n == IGNORE else letters[s]
                              for s, n in zip(starts, nexts, strict=True)))  # fmt: skip
-    pairs = sum(piece.length for row in stream.rows for piece in row)
-    full = pairs / len(stream.rows) / config.context
-    print(f"\nan epoch is {len(stream.rows):,} rows, {full:.1%} full")
+    for stream in mixture.streams:
+        pairs = sum(piece.length for row in stream.rows for piece in row)
+        full = pairs / len(stream.rows) / config.context
+        print(f"\nan epoch of the {stream.name} is {len(stream.rows):,} rows, {full:.1%} full")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import gzip
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
@@ -25,11 +26,20 @@ from tokenizer import END_OF_TEXT
 
 class Document(NamedTuple):
     text: str
-    source: str
+    source: str  # where it stands
+    meta: dict | None = None  # what else a line of JSON says
+
+
+class Problem(NamedTuple):
+    """Something that is no document, in one sentence that says where it stands."""
+
+    sentence: str
 
 
 # --- reading documents ----------------------------------------------------------------------------
 
+BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
+BLOCK = 1 << 20  # bytes of a file read at once
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 NOT_PROSE = {
     "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data",
@@ -81,6 +91,15 @@ def prose(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             block = []
 
 
+def read(path: str) -> Iterator[Document | Problem]:
+    """The documents of a file, folder or glob, or Python's own prose; some may be empty."""
+    if not path:
+        yield from standard_library()
+    else:
+        for file in files_of(path):
+            yield from read_file(file)
+
+
 def files_of(path: str) -> list[Path]:
     """The files that --data.path names, in a fixed order; UserError if it names none."""
 
@@ -107,44 +126,74 @@ def files_of(path: str) -> list[Path]:
     return files
 
 
-def read_file(path: Path) -> Iterator[Document]:
-    """One document a file, or split at <|endoftext|>; in .jsonl one a line, under "text"."""
-    text = read_text(path)
-    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(text.split("\n"), 1):  # JSON may hold U+2028, for example
-            where = f"{path}:{number}"
-            if line.strip() and (part := text_field(line, where)).strip():
-                yield Document(part, where)
-    elif END_OF_TEXT in text:
-        for number, part in enumerate(text.split(END_OF_TEXT), 1):
-            if part.strip():
-                yield Document(part.strip("\r\n"), f"{path}#{number}")
-    elif text.strip():
-        yield Document(text, str(path))
+def read_file(path: Path) -> Iterator[Document | Problem]:
+    """One document a file, or split at <|endoftext|>; in .jsonl one a line, under "text".
 
-
-def read_text(path: Path) -> str:
-    """The file as UTF-8 text, or a UserError that says what it is instead."""
+    A file may be larger than memory. What cannot be read is a Problem, and the next part follows.
+    """
+    name = path.name.lower()
+    parts = read_lines if name.removesuffix(".gz").endswith(".jsonl") else read_parts
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
-    except (OSError, EOFError, gzip.zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if b"\0" in data:
-        raise UserError(f"{path} is binary, not text: there is a zero byte at {data.index(0)}")
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start} has no "
-            "meaning; convert it, for example with iconv -t UTF-8"
-        ) from None
+        with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+            yield from parts(file, path)
+    except (OSError, EOFError, zlib.error) as error:
+        yield Problem(f"cannot read {path}: {error}")
 
 
-def text_field(line: str, where: str) -> str:
+def read_lines(file: BinaryIO, path: Path) -> Iterator[Document | Problem]:
+    """A line feed alone ends a line: JSON strings may hold U+2028, for example."""
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+            yield from_json(line, f"{path}:{number}")
+
+
+def from_json(line: bytes, where: str) -> Document | Problem:
     try:
-        text = json.loads(line)["text"]
+        values = json.loads(line.decode())
+        text = values.pop("text")
         text.encode()
-        return text
+    except UnicodeDecodeError as error:
+        return Problem(f"{where} is {not_utf8(error.object, error.start)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'{where}: each line must be a JSON object with a string "text"') from None
+        return Problem(f'{where}: each line must be a JSON object with a string "text"')
+    return Document(text, where, values or None)
+
+
+def read_parts(file: BinaryIO, path: Path) -> Iterator[Document | Problem]:
+    """What stands between two <|endoftext|>, or the file as it is if there is none."""
+    for number, (begin, data, last) in enumerate(parts_of(file), 1):
+        if begin == 0 and data.startswith(BOM):
+            begin, data = len(BOM), data.removeprefix(BOM)
+        if (zero := data.find(0)) >= 0:
+            yield Problem(f"{path} is binary, not text: there is a zero byte at {begin + zero}")
+            continue
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            yield Problem(f"{path} is {not_utf8(data, error.start, begin)}")
+            continue
+        whole = number == 1 and last
+        yield (
+            Document(text, str(path)) if whole else Document(text.strip("\r\n"), f"{path}#{number}")
+        )
+
+
+def parts_of(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
+    """(where it begins, a part, is it the last) between <|endoftext|>s, read block by block."""
+    mark, begin, waiting = END_OF_TEXT.encode(), 0, bytearray()
+    while block := file.read(BLOCK):
+        seen = max(0, len(waiting) - len(mark) + 1)
+        waiting += block
+        while (at := waiting.find(mark, seen)) >= 0:
+            yield begin, bytes(waiting[:at]), False
+            del waiting[: at + len(mark)]
+            begin, seen = begin + at + len(mark), 0
+    yield begin, bytes(waiting), True
+
+
+def not_utf8(data: bytes, at: int, begin: int = 0) -> str:
+    return (
+        f"not UTF-8 text: byte 0x{data[at]:02x} at {begin + at} has no meaning; convert it, for "
+        "example with iconv -t UTF-8"
+    )

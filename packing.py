@@ -3,7 +3,8 @@
 Idea: documents become tokens once, in memory-mapped shards. A row is packed with whole documents
 where they fit, the longest first, each into the fullest row with room for it; no token is lost,
 repeated or seen across a border. An epoch is cut, packed and shuffled from (seed, epoch) alone, so
-that a place in it is two numbers.
+that a place in it is two numbers. Of several sources each is packed alone, and their rows alternate
+in fixed proportions.
 
 Run: python -m pytest tests/test_data.py
 
@@ -12,7 +13,7 @@ Papers: Raffel et al. 2020, on packing (arXiv 1910.10683); Ding et al. 2024, bes
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,15 @@ class ShardWriter:
         }
 
 
+class Part(NamedTuple):
+    """Neighbours among the documents, and how often they are to be seen beside others."""
+
+    name: str
+    first: int
+    documents: int
+    weight: float
+
+
 # --- packing --------------------------------------------------------------------------------------
 
 
@@ -158,39 +168,91 @@ def fill(rows: list[list[Piece]], shards: Shards, T: int, end_of_text: int) -> R
 
 
 class Stream:
-    """Endless batches of packed rows, each epoch cut, packed and shuffled anew from (seed, epoch).
+    """Endless packed rows of some documents, each epoch cut, packed and shuffled anew.
 
-    Its place is two numbers, `epoch` and `row`, which a checkpoint keeps.
+    An epoch is made from (seed, name, epoch) alone; its place in it is the number of a row.
     """
 
-    def __init__(self, shards: Shards, T: int, end_of_text: int, seed: int):
-        self.shards, self.T, self.end_of_text, self.seed = shards, T, end_of_text, seed
-        if (pairs := int(shards.lengths.sum())) <= T:
-            raise UserError(
-                f"the training part of the corpus has {pairs} tokens, less than one window of "
-                f"--model.context {T}: give more text, or a smaller context"
-            )
+    def __init__(self, lengths: np.ndarray, first: int, T: int, seed: int, name: str = "data"):
+        """lengths: of the documents first, first + 1, …"""
+        self.lengths, self.first, self.T, self.seed, self.name = lengths, first, T, seed, name
         self.seek(0, 0)
 
     def seek(self, epoch: int, row: int) -> None:
         self.epoch, self.row = epoch, row
-        seed = generator(self.seed, "data", epoch).initial_seed()
-        rng = np.random.default_rng(seed)
-        pieces = cut(self.shards.lengths, self.T, rng)
+        rng = np.random.default_rng(generator(self.seed, self.name, epoch).initial_seed())
+        pieces = cut(self.lengths, self.T, rng)
         rng.shuffle(pieces)  # equal lengths meet in another order each epoch
         self.rows = best_fit(pieces, self.T)
         rng.shuffle(self.rows)
 
+    def __next__(self) -> list[Piece]:
+        while self.row >= len(self.rows):
+            self.seek(self.epoch + 1, 0)
+        self.row += 1
+        return [p._replace(document=p.document + self.first) for p in self.rows[self.row - 1]]
+
+
+class Mixture:
+    """Endless batches of rows, drawn from streams in fixed proportions: after n rows stream k gave
+    about w_k·n of them.
+
+    The next row is always that of the stream which lags behind most, so that nothing is random and
+    the place is three numbers for each stream: epoch, row, rows given in all.
+    """
+
+    def __init__(
+        self, shards: Shards, T: int, end_of_text: int, seed: int, parts: Sequence[Part] = ()
+    ):
+        """parts: None are all documents as they come."""
+        self.shards, self.T, self.end_of_text = shards, T, end_of_text
+        parts = [p for p in parts or [Part("data", 0, len(shards), 1.0)] if p.weight > 0]
+        self.streams = []
+        for part in parts:
+            lengths = shards.lengths[part.first : part.first + part.documents]
+            if (pairs := int(lengths.sum())) <= T:
+                raise UserError(
+                    f"the training part of the {part.name} has {pairs} tokens, less than one window"
+                    f" of --model.context {T}: give more text, or a smaller context"
+                )
+            self.streams.append(Stream(lengths, part.first, T, seed, part.name))
+        total = sum(part.weight for part in parts)
+        self.weights = [part.weight / total for part in parts]
+        self.given = [0] * len(parts)
+
+    @property
+    def place(self) -> list[list[int]]:
+        return [[s.epoch, s.row, n] for s, n in zip(self.streams, self.given, strict=True)]
+
+    def seek(self, place: list[list[int]]) -> None:
+        for k, (stream, (epoch, row, given)) in enumerate(zip(self.streams, place, strict=True)):
+            stream.seek(epoch, row)
+            self.given[k] = given
+
+    def knows(self, place: object) -> bool:
+        """Whether this, which stood in a file, can be a place of this mixture."""
+        return (
+            isinstance(place, list)
+            and len(place) == len(self.streams)
+            and all(isinstance(numbers, list) and len(numbers) == 3 for numbers in place)
+            and all(type(n) is int and 0 <= n < 1 << 53 for numbers in place for n in numbers)
+        )
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often the documents of each part were seen."""
+        return {s.name: s.epoch + s.row / len(s.rows) for s in self.streams}
+
     def take(self, B: int) -> Rows:
         """The next B rows."""
-        rows: list[list[Piece]] = []
-        while len(rows) < B:
-            if self.row >= len(self.rows):
-                self.seek(self.epoch + 1, 0)
-            new = self.rows[self.row : self.row + B - len(rows)]
-            rows += new
-            self.row += len(new)
-        return fill(rows, self.shards, self.T, self.end_of_text)
+        return fill([self.next_row() for _ in range(B)], self.shards, self.T, self.end_of_text)
+
+    def next_row(self) -> list[Piece]:
+        n = sum(self.given) + 1
+        lag = [w * n - given for w, given in zip(self.weights, self.given, strict=True)]
+        k = lag.index(max(lag))
+        self.given[k] += 1
+        return next(self.streams[k])
 
 
 def whole(shards: Shards, T: int, B: int, end_of_text: int) -> Iterator[Rows]:

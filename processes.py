@@ -22,15 +22,18 @@ from typing import TypeVar
 GROUP = 1 << 22  # characters, about, that go to a process at once
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def groups_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Neighbours together until they have `size` characters."""
+def groups_of(
+    items: Iterable[Item], size: int, weigh: Callable[[Item], int] = len
+) -> Iterator[list[Item]]:
+    """Neighbours together until they weigh `size`."""
     group, held = [], 0
-    for text in texts:
-        group.append(text)
-        held += len(text)
+    for item in items:
+        group.append(item)
+        held += weigh(item)
         if held >= size:
             yield group
             group, held = [], 0
@@ -39,14 +42,18 @@ def groups_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def in_processes(
-    work: Callable[[list[str]], Result], texts: Iterable[str], processes: int = 0
+    work: Callable[[list[Item]], Result],
+    items: Iterable[Item],
+    processes: int = 0,
+    weigh: Callable[[Item], int] = len,
 ) -> Iterator[Result]:
-    """work(a group of texts) of all groups in order, in several processes (0: one for each core).
+    """work(a group of items) of all groups in order, in several processes (0: one for each core).
 
-    A single group is not worth a process. Only Linux has more than one: elsewhere a process cannot
-    be copied as it stands, or not safely.
+    Items are texts, or else `weigh` says how many characters one has. A single group is not worth
+    a process. Only Linux has more than one: elsewhere a process cannot be copied as it stands, or
+    not safely.
     """
-    groups = groups_of(texts, GROUP)
+    groups = groups_of(items, GROUP, weigh)
     ahead = [*islice(groups, 2)]
     cores = processes or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if cores == 1 or len(ahead) < 2 or current_process().daemon:
@@ -63,7 +70,7 @@ def in_processes(
             yield waiting.popleft().result()
 
 
-def begin_work(work: Callable[[list[str]], Result]) -> None:
+def begin_work(work: Callable[[list], Result]) -> None:
     """In a new process: what `do_work` is to do, which need not be sent with each group."""
     global the_work
     the_work = work
@@ -72,5 +79,5 @@ def begin_work(work: Callable[[list[str]], Result]) -> None:
     gc.freeze()  # what was there before is no garbage: it is not looked through, nor then copied
 
 
-def do_work(texts: list[str]) -> Result:
-    return the_work(texts)
+def do_work(group: list) -> Result:
+    return the_work(group)

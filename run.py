@@ -342,11 +342,13 @@ def settings(kind: type, values: object, where: str, path: str = "") -> object:
 
 
 def setting(kind: type, value: object, where: str, name: str) -> object:
-    """One value of `settings`: a number without a point may stand for a float."""
+    """One value of `settings`; an int may stand for a float, and a list stands for a tuple."""
     if is_dataclass(kind):
         return settings(kind, value, where, f"{name}.")
     if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(setting(get_args(kind)[0], x, where, name) for x in value)
     if value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind:
         return value
     raise UserError(f"{where}: {name} cannot be {short(value)}")

@@ -34,7 +34,7 @@ from generate import Sampling, generate, load_weights
 from model import ModelConfig, Transformer, count_parameters, preset_in, training_flops
 from objectives import OBJECTIVES
 from optim import OPTIMIZERS, OptimConfig, learning_rate
-from packing import Stream, whole
+from packing import Mixture, whole
 from run import Run, UserError, load_tensors, main, plot_loss, read_json, settings, value_of
 from step import commit, evaluate, machine, matmul_peak, pick_device, pick_dtype, to, update
 
@@ -201,7 +201,7 @@ class Training:
         make = OPTIMIZERS[config.optim.name]
         self.optimizer = make(self.model.named_parameters(), config.optim, self.dtype)
         end = corpus.tokenizer.end_of_text
-        self.stream = Stream(corpus.train, config.model.context, end, config.seed)
+        self.rows = Mixture(corpus.train, config.model.context, end, config.seed, corpus.parts)
         self.objective = OBJECTIVES[config.objective]
         self.step = 0
 
@@ -209,9 +209,7 @@ class Training:
         """One update; (mean loss in nats per token, gradient norm)."""
         c = self.config
         device = self.model.embedding.device
-        batches = [
-            to(self.objective(self.stream.take(c.batch)), device) for _ in range(c.accumulate)
-        ]
+        batches = [to(self.objective(self.rows.take(c.batch)), device) for _ in range(c.accumulate)]
         lr = learning_rate(c.optim, self.step, c.steps)
         loss, _, norm = update(self.model, batches, self.optimizer, lr, c.optim.clip, self.dtype)
         if not math.isfinite(loss):
@@ -236,8 +234,8 @@ class Training:
         return {"text": mark, "held_out": meta["held"]["hash"]}
 
     def save(self, run: Run) -> None:
-        place = {"epoch": self.stream.epoch, "row": self.stream.row, **self.texts()}
-        run.save(self.step, self.model.state_dict(), self.optimizer.state(), place)
+        info = {"place": self.rows.place, **self.texts()}
+        run.save(self.step, self.model.state_dict(), self.optimizer.state(), info)
 
     def load(self, run: Run) -> None:
         """Take up the newest whole checkpoint; a run stopped before its first one starts anew."""
@@ -249,17 +247,17 @@ class Training:
 
     def take_up(self, folder: Path, run: Run) -> None:
         info = read_json(folder / "train_state.json")
-        place = [info.get(name) for name in ("step", "epoch", "row")]
-        if not all(type(x) is int and x >= 0 for x in place):
+        step, place = info.get("step"), info.get("place")
+        if type(step) is not int or step < 0 or not self.rows.knows(place):
             raise UserError(f"{folder} was not made by train.py: start a new run")
         if any(info.get(name, mark) != mark for name, mark in self.texts().items()):
             raise UserError(
                 f"the text is not the one that {run.folder} was trained on: a file of "
                 "--data.path, or this Python, has changed since; start a new run"
             )
-        if place[0] > self.config.steps:
+        if step > self.config.steps:
             raise UserError(
-                f"{run.folder} has done {place[0]} steps already: give --steps {place[0]} or more"
+                f"{run.folder} has done {step} steps already: give --steps {step} or more"
             )
         load_weights(self.model, folder / "model.safetensors")
         state = load_tensors(folder / "train_state.safetensors")
@@ -267,8 +265,8 @@ class Training:
         if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in own.items()}:
             raise UserError(f"{folder} was made by another optimizer: start a new run")
         self.optimizer.load(state)
-        self.step = place[0]
-        self.stream.seek(*place[1:])
+        self.step = step
+        self.rows.seek(place)
 
     def sample(self, count: int = 3, tokens: int = 100) -> Iterator[str]:
         tokenizer = self.corpus.tokenizer

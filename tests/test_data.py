@@ -24,11 +24,12 @@ import data
 import documents
 import packing
 from attention import document_mask
-from data import DataConfig, TokenizerConfig, held_out, prepare, read_documents, split
+from clean import Item, Step, Store, gather
+from data import DataConfig, TokenizerConfig, held_out, prepare, read_all, split
 from documents import Document, prose, python_files, standard_library
 from kernels.mask import visible
 from objectives import IGNORE, Rows
-from packing import Shards, ShardWriter, Stream, best_fit, cut, fill, whole
+from packing import Mixture, Part, Shards, ShardWriter, Stream, best_fit, cut, fill, whole
 from run import UserError, read_json
 from tokenizer import BPE, END_OF_TEXT
 
@@ -179,65 +180,108 @@ def test_whole_is_every_pair_once_and_always_the_same(tmp_path, sizes, T, B):
     assert same(joined(batches), next(whole(shards, T, 10**6, END)))
 
 
-# --- the stream -----------------------------------------------------------------------------------
+# --- the mixture ----------------------------------------------------------------------------------
 
 long_enough = lengths.filter(lambda sizes: sum(sizes) > 12)
 
 
+def stream_of(sizes: list[int], T: int, seed: int, name: str = "data") -> Stream:
+    return Stream(np.array(sizes), 0, T, seed, name)
+
+
 @given(long_enough, widths, seeds, st.integers(0, 3))
-def test_an_epoch_of_the_stream_visits_everything_once(tmp_path, sizes, T, seed, epoch):
+def test_an_epoch_visits_everything_once(tmp_path, sizes, T, seed, epoch):
     documents = numbered(sizes)
-    stream = Stream(store(fresh(tmp_path), documents), T, END, seed)
+    mixture = Mixture(store(fresh(tmp_path), documents), T, END, seed)
+    (stream,) = mixture.streams
     for number in range(epoch + 1):
-        rows = stream.take(len(stream.rows))
+        rows = mixture.take(len(stream.rows))
         assert pairs_in(rows) == pairs_of(documents) and stream.epoch == number
-        stream.take(1)  # the next epoch begins
+        mixture.take(1)  # the next epoch begins
         stream.seek(number + 1, 0)
 
 
 @given(seeds)
-def test_each_epoch_and_seed_has_an_order_of_its_own(tmp_path, seed):
-    shards = store(fresh(tmp_path), numbered([3, 5, 7, 20] * 8))
-    orders = []
-    for stream, epoch in ((Stream(shards, 8, END, seed + i), e) for i in (0, 1) for e in (0, 1)):
+def test_each_epoch_seed_and_source_has_an_order_of_its_own(seed):
+    sizes, orders = [3, 5, 7, 20] * 8, []
+    for more, epoch, name in product((0, 1), (0, 1), ("a", "b")):
+        stream = stream_of(sizes, 8, seed + more, name)
         stream.seek(epoch, 0)
         orders.append(str(stream.rows))
-    assert len(set(orders)) == 4
-    assert str(Stream(shards, 8, END, seed).rows) == orders[0]
+    assert len(set(orders)) == 8
+    assert str(stream_of(sizes, 8, seed, "a").rows) == orders[0]
 
 
-@given(long_enough, widths, seeds, st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_a_stream_goes_on_from_its_place_whatever_the_batch(tmp_path, sizes, T, seed, batches):
-    shards = store(fresh(tmp_path), numbered(sizes))
-    single = Stream(shards, T, END, seed)
+weights = st.lists(st.floats(0, 9), min_size=1, max_size=5).filter(lambda w: sum(w) > 1e-3)
+
+
+def mixed(folder: Path, sizes: list[int], T: int, seed: int, weights: list[float]) -> Mixture:
+    """As many sources as weights, each with documents of these sizes."""
+    shards = store(folder, numbered(sizes * len(weights)))
+    parts = [Part(f"s{k}", k * len(sizes), len(sizes), w) for k, w in enumerate(weights)]
+    return Mixture(shards, T, END, seed, parts)
+
+
+@given(long_enough, widths, seeds, weights, st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_a_mixture_goes_on_from_its_place_whatever_the_batch(
+    tmp_path, sizes, T, seed, weights, batches
+):
+    folder = fresh(tmp_path)
+    single = mixed(folder, sizes, T, seed, weights)
     one_by_one = [single.take(1) for _ in range(sum(batches))]
-    stream = Stream(shards, T, END, seed)
-    taken = 0
+    mixture, taken = mixed(folder, sizes, T, seed, weights), 0
     for B in batches:
-        resumed = Stream(shards, T, END, seed)
-        resumed.seek(stream.epoch, stream.row)
-        rows = stream.take(B)
+        resumed = mixed(folder, sizes, T, seed, weights)
+        assert resumed.knows(mixture.place)
+        resumed.seek(json.loads(json.dumps(mixture.place)))
+        rows = mixture.take(B)
         assert same(rows, joined(one_by_one[taken : taken + B]))
-        assert same(rows, resumed.take(B))
+        assert same(rows, resumed.take(B)) and resumed.place == mixture.place
         taken += B
+
+
+@given(long_enough, weights, st.integers(1, 300))
+def test_each_source_has_its_share_at_every_moment(tmp_path, sizes, weights, n):
+    """Never a row behind nor, of k sources, k − 1 ahead; what weighs nothing is not seen."""
+    mixture = mixed(fresh(tmp_path), sizes, 12, 0, weights)
+    share = np.array(mixture.weights)
+    assert np.isclose(share.sum(), 1) and len(share) == sum(w > 0 for w in weights)
+    for number in range(1, n + 1):
+        row = mixture.next_row()
+        lag = number * share - mixture.given
+        assert (lag < 1 + 1e-9).all() and (lag > -max(1, len(share) - 1) - 1e-9).all()
+        assert len({piece.document // len(sizes) for piece in row}) == 1
+
+
+def test_epochs_of_each_source_are_counted(tmp_path):
+    mixture = mixed(tmp_path, [5] * 10, 5, 0, [3, 1, 0])
+    mixture.take(40)
+    assert mixture.epochs == {"s0": 3.0, "s1": 1.0}
 
 
 def test_a_place_behind_the_last_row_is_the_next_epoch(tmp_path):
     """Once an endless loop: a run resumed on a corpus that has shrunk asks for such a row."""
-    shards = store(tmp_path, numbered([5] * 10))
-    lost, next_epoch = Stream(shards, 5, END, 0), Stream(shards, 5, END, 0)
-    lost.seek(0, 1000)
-    next_epoch.seek(1, 0)
+    lost, next_epoch = (mixed(tmp_path, [5] * 10, 5, 0, [1]) for _ in range(2))
+    lost.seek([[0, 1000, 0]])
+    next_epoch.seek([[1, 0, 0]])
     assert same(lost.take(3), next_epoch.take(3))
+
+
+@pytest.mark.parametrize(
+    "place", [None, 3, [], [1, 2, 3], [[0, 0]], [[0, 0, 0]] * 2, [[0, -1, 0]], [[0, 1.0, 0]],
+              [[0, True, 0]], [[0, "0", 0]], [[0, 1 << 60, 0]]],
+)  # fmt: skip
+def test_what_is_no_place_is_not_known(tmp_path, place):
+    assert not mixed(tmp_path, [5] * 10, 5, 0, [1]).knows(place)
 
 
 @given(lengths)
 def test_a_corpus_smaller_than_one_window_is_refused(tmp_path, sizes):
     shards = store(fresh(tmp_path), numbered(sizes))
     with pytest.raises(UserError, match=r"less than one window of --model\.context"):
-        Stream(shards, sum(sizes), END, 0)
+        Mixture(shards, sum(sizes), END, 0)
     if sum(sizes) > 1:
-        Stream(shards, sum(sizes) - 1, END, 0).take(1)
+        Mixture(shards, sum(sizes) - 1, END, 0).take(1)
 
 
 # --- token files ----------------------------------------------------------------------------------
@@ -273,7 +317,7 @@ def test_ids_have_room_in_their_dtype(tmp_path, vocab_size, dtype):
     doubles = [singles[a] + singles[b] for a, b in pairs]
     big = BPE(singles + doubles, pairs, {END_OF_TEXT: vocab_size - 1})
     write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": f"text {i} ÿþ"}) for i in range(9)))
-    corpus = prepare(DataConfig(str(tmp_path), 0.5), BYTES, big, tmp_path / "cache")
+    corpus = prepare(DataConfig(str(tmp_path), held_out=0.5), BYTES, big, tmp_path / "cache")
     assert corpus.meta["dtype"] == dtype and corpus.tokenizer.fingerprint == big.fingerprint
     assert Counter(stored_texts(corpus)) == Counter(f"text {i} ÿþ" for i in range(9))
 
@@ -283,42 +327,42 @@ def test_ids_have_room_in_their_dtype(tmp_path, vocab_size, dtype):
 shares = st.floats(0.001, 0.999)
 
 
-def documents_of(texts: list[str]) -> list[Document]:
-    return [Document(text, str(i)) for i, text in enumerate(texts)]
+def items_of(texts: list[str]) -> list[Item]:
+    return [Item(Document(text, str(i)), 0) for i, text in enumerate(texts)]
 
 
 @given(st.lists(texts, max_size=12), shares, st.randoms())
 def test_holding_out_depends_on_the_text_alone_not_on_the_order(contents, share, random):
     contents = contents + contents[:3]
-    side = dict(zip(contents, held_out(documents_of(contents), share).tolist(), strict=True))
-    assert [side[text] for text in contents] == held_out(documents_of(contents), share).tolist(), (
+    side = dict(zip(contents, held_out(contents, share).tolist(), strict=True))
+    assert [side[text] for text in contents] == held_out(contents, share).tolist(), (
         "copies must lie on one side"
     )
     random.shuffle(contents)
-    assert [side[text] for text in contents] == held_out(documents_of(contents), share).tolist()
+    assert [side[text] for text in contents] == held_out(contents, share).tolist()
 
 
 @given(st.sets(texts, min_size=1, max_size=12), st.lists(texts, max_size=12), shares)
 def test_documents_added_later_move_none_across(old, more, share):
     """Except when a side would have been empty, and one document was put there to fill it."""
     old = sorted(old)
-    later = held_out(documents_of(old + more), share)[: len(old)]
+    later = held_out(old + more, share)[: len(old)]
     if later.any() and not later.all():
-        assert (held_out(documents_of(old), share) == later).all()
+        assert (held_out(old, share) == later).all()
 
 
 @given(st.sets(texts, min_size=2, max_size=12), shares)
 def test_each_side_gets_a_document(contents, share):
     """One document moves if the hashes leave a side empty, and none otherwise."""
-    documents = documents_of(sorted(contents))
-    held = held_out(documents, share)
-    by_hash = np.array([held_out([document], share)[0] for document in documents])
+    contents = sorted(contents)
+    held = held_out(contents, share)
+    by_hash = np.array([held_out([text], share)[0] for text in contents])
     assert held.dtype == bool and held.any() and not held.all()
     assert (held != by_hash).sum() == (by_hash.all() or not by_hash.any())
 
 
 def test_the_share_held_out_is_what_was_asked_for():
-    documents = documents_of([f"document {i}" for i in range(4000)])
+    documents = [f"document {i}" for i in range(4000)]
     for share in (0.05, 0.3):
         deviation = (share * (1 - share) / len(documents)) ** 0.5
         assert abs(held_out(documents, share).mean() - share) < 4 * deviation
@@ -326,17 +370,17 @@ def test_the_share_held_out_is_what_was_asked_for():
 
 @given(st.lists(texts, min_size=2, max_size=12), shares)
 def test_split_sends_each_document_to_its_side(contents, share):
-    documents = documents_of(contents)
-    held = held_out(documents, share)
-    assert list(split(documents, held)) == list(zip(documents, held.tolist(), strict=True))
+    items, held = items_of(contents), held_out(contents, share)
+    assert list(split(items, held)) == list(zip(items, held.tolist(), strict=True))
 
 
 @given(st.integers(0, 200))
 def test_of_a_single_document_the_last_tenth_is_held_out(n):
     text = "".join(chr(ord("a") + i % 26) for i in range(n))
-    (train, in_train), (last, in_last) = split(documents_of([text]), np.array([False]))
+    (train, in_train), (last, in_last) = split(items_of([text]), np.array([False]))
     assert (in_train, in_last) == (False, True)
-    assert train.text + last.text == text and len(last.text) == -(-n // 10)
+    train, last = train.document.text, last.document.text
+    assert train + last == text and len(last) == -(-n // 10)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -351,8 +395,15 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def gathered(config: DataConfig) -> tuple[list[Document], Step]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder, "documents"))
+        step = gather(read_all(config), store, config.strict)
+        return [item.document for item in store], step
+
+
 def read(path: Path | str) -> list[str]:
-    return [document.text for document in read_documents(DataConfig(str(path)))]
+    return [document.text for document in gathered(DataConfig(str(path), strict=True))[0]]
 
 
 @given(texts, suffixes, st.booleans(), st.sampled_from(["\n", "\r\n"]))
@@ -383,7 +434,7 @@ def test_jsonl_is_one_document_a_line(tmp_path, contents, packed, escaped, newli
 def test_sources_say_where_a_document_stands(tmp_path):
     write(tmp_path / "a.txt", f"one{END_OF_TEXT}\n{END_OF_TEXT}three")
     write(tmp_path / "b.jsonl", '{"text": "one"}\n\n{"text": "three"}\n')
-    sources = [d.source.rpartition("/")[2] for d in read_documents(DataConfig(str(tmp_path)))]
+    sources = [d.source.rpartition("/")[2] for d in gathered(DataConfig(str(tmp_path)))[0]]
     assert sources == ["a.txt#1", "a.txt#3", "b.jsonl:1", "b.jsonl:3"]
 
 
@@ -435,10 +486,75 @@ def refusal(action) -> str:
 def test_what_cannot_be_read_is_refused_in_a_sentence(tmp_path, name):
     content, said = BROKEN[name]
     path = write(tmp_path / name, content)
-    for action in (lambda: read(path), lambda: prepare_in(tmp_path, path)):
+    for action in (lambda: read(path), lambda: prepare_in(tmp_path, path, strict=True)):
         sentence = refusal(action)
         assert str(path) in sentence and said in sentence
     assert left_in(tmp_path / "cache") == []
+
+
+def test_what_cannot_be_read_is_passed_over_and_counted(tmp_path):
+    """The rest is not lost; all is said if nothing else is left."""
+    for name, (content, _) in BROKEN.items():
+        write(tmp_path / name, content)
+    documents, step = gathered(DataConfig(str(tmp_path)))
+    assert [d.text for d in documents] == ["fine", "fine"]
+    assert step.documents == 2 and step.dropped == {"cannot be read": len(BROKEN) - 1}
+    assert "binary.txt is binary" in step.examples["cannot be read"][0]
+    path = write(tmp_path / "alone" / "latin.md", BROKEN["latin.md"][0])
+    said = refusal(lambda: prepare_in(tmp_path, path))
+    assert "there is no text in" in said and "byte 0xe9 at 3 has no meaning" in said
+
+
+def test_a_line_of_a_hundred_megabytes_is_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "' + b"a" * 100_000_000 + b'"}\n' + LINE.encode())
+    assert [len(text) for text in read(path)] == [100_000_000, 4]
+
+
+def test_what_else_a_line_says_is_kept(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"id": 7, "text": "a", "more": {"b": [1]}}\n' + LINE)
+    first, second = gathered(DataConfig(str(path)))[0]
+    assert first.meta == {"id": 7, "more": {"b": [1]}} and second.meta is None
+
+
+MIXES = {  # what is mixed -> what the sentence says
+    ("a",): "must be a name, =, and a path",
+    ("=a",): "must be a name",
+    ("a b=c",): "must be a name",
+    ("a=x@1", "a=y@1"): "names a source twice",
+    ("a=x@1", "b=y"): "each source a weight",
+    ("a=x@0", "b=y@0"): "sum to nothing",
+    ("a=x@-1",): "a number from 0 on",
+    ("a=x@nan",): "a number from 0 on",
+    ("a=x@inf",): "a number from 0 on",
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_what_cannot_be_mixed_is_refused_in_a_sentence(mix):
+    assert MIXES[mix] in refusal(lambda: DataConfig(mix=mix))
+    assert "give one of them" in refusal(lambda: DataConfig("text", mix=("a=b",)))
+    assert "temperature" in refusal(lambda: DataConfig(temperature=0))
+
+
+def test_sources_are_mixed_by_weight_or_size(tmp_path):
+    for name, size in (("a@b", 40), ("c", 10)):
+        lines = [json.dumps({"text": f"{name} {i} {'x' * 90}"}) for i in range(size)]
+        write(tmp_path / name / "d.jsonl", "\n".join(lines))
+    paths = f"first={tmp_path}/a@b", f"second={tmp_path}/c"
+    for mix, temperature, want in (
+        (paths, 1, 0.8), (paths, 2, 2 / 3), ((f"{paths[0]}@1", f"{paths[1]}@3"), 1, 0.25),
+    ):  # fmt: skip
+        config = DataConfig(mix=mix, temperature=temperature, held_out=0.1)
+        corpus = prepare(config, BYTES, cache=tmp_path / "cache")
+        mixture = Mixture(corpus.train, 60, corpus.tokenizer.end_of_text, 0, corpus.parts)
+        assert mixture.weights[0] == pytest.approx(want, abs=0.05)
+        for part, name in zip(corpus.parts, ("a@b", "c"), strict=True):
+            for i in range(part.first, part.first + part.documents):
+                ids = corpus.train.document(i)[1:].tolist()
+                assert corpus.tokenizer.decode(ids).startswith(name)
+        assert sum(part.documents for part in corpus.parts) == len(corpus.train)
+    nowhere = DataConfig(mix=(f"a={tmp_path}/nowhere",))
+    assert "is no file or folder" in refusal(lambda: prepare(nowhere, BYTES))
 
 
 @given(st.integers(0, 200), st.integers(0, 255))
@@ -519,13 +635,13 @@ def test_the_standard_library_is_itself():
     some = [path for path in files if path.name in ("heapq.py", "calendar.py", "os.py")]
     with patch.object(documents, "python_files", lambda: some):
         found = list(standard_library())
-        assert found == list(read_documents(DataConfig())), "the order must be fixed"
+        assert found == gathered(DataConfig())[0], "the order must be fixed"
     topics = [d for d in found if d.source.startswith("pydoc_data.topics[")]
     rest = found[len(topics) :]
     assert len(topics) > 50 and all(d.text.strip() for d in topics)
     assert [d.source.split(":")[0] for d in rest] == sorted(d.source.split(":")[0] for d in rest)
     assert {d.source.split(":")[0] for d in rest} == {"calendar.py", "heapq.py", "os.py"}
-    assert all(len(d.text) >= data.SHORTEST for d in rest)
+    assert all(len(d.text) >= documents.SHORTEST for d in rest)
     assert any("Heap queue algorithm" in d.text for d in rest)
 
 
@@ -539,8 +655,10 @@ def test_a_file_of_the_standard_library_that_is_no_python_is_passed_over(tmp_pat
 # --- the whole pipe -------------------------------------------------------------------------------
 
 
-def prepare_in(folder: Path, path: Path | None = None, cutting=BYTES, held=0.5, tokenizer=None):
-    config = DataConfig(str(path or folder), held)
+def prepare_in(
+    folder: Path, path: Path | None = None, cutting=BYTES, held=0.5, tokenizer=None, strict=False
+):
+    config = DataConfig(str(path or folder), held_out=held, strict=strict)
     return prepare(config, cutting, tokenizer, folder / "cache")
 
 
@@ -579,7 +697,7 @@ def test_decoding_the_stored_documents_gives_the_corpus_back(tmp_path, contents,
     jsonl(folder / "a.jsonl", contents)
     cutting = TokenizerConfig(vocab_size=vocab_size) if vocab_size else BYTES
     corpus = prepare_in(folder, cutting=cutting, held=share)
-    held = held_out(documents_of(contents), share).tolist()
+    held = held_out(contents, share).tolist()
     train = [text for text, out in zip(contents, held, strict=True) if not out]
     kept = [text for text, out in zip(contents, held, strict=True) if out]
     assert stored_texts(corpus) == train + kept
@@ -612,7 +730,7 @@ def test_copies_of_one_document_are_refused(tmp_path):
 def test_the_tokenizer_is_trained_on_the_training_part_only(tmp_path):
     """No token holds more of a word that stands only in held-out documents than its letters."""
     held = [t for t in (f"zyzzyva {i} " * 20 for i in range(40))
-            if held_out(documents_of([t]), 0.5)[0]]  # fmt: skip
+            if held_out([t], 0.5)[0]]  # fmt: skip
     others = [f"common words {i} " * 20 for i in range(40)]
     jsonl(tmp_path / "a.jsonl", [t for pair in zip(held, others, strict=False) for t in pair])
     corpus = prepare_in(tmp_path, cutting=TokenizerConfig(vocab_size=320))

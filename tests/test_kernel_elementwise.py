@@ -103,7 +103,7 @@ def test_bad_input_gets_one_sentence():
     with pytest.raises(ValueError, match="even D"):
         e.rotate_pair_triton(q[..., :5], q[..., :5], x, x)
     angles = torch.zeros(1, 2, 3)
-    for k in (q[:, :1], q[..., :4], q.half()):
+    for k in (torch.zeros(1, 3, 1, 6), q[..., :4], q.half()):
         with pytest.raises(ValueError, match="of one dtype"):
             e.rotate_pair_triton(q, k, angles, angles)
     with pytest.raises(ValueError, match="sin"):  # one for each sample, and one for all

@@ -24,6 +24,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["run", "kernels", "pieces", "processes", "tokenizer_files", "objectives", "optim", "tasks"],
     ["tokenizer", "attention", "model_files"],
     ["documents", "packing", "wordpiece", "unigram", "sentencepiece_files"],
+    ["clean"],
     ["data"],
     ["model"],
     ["step"],
@@ -112,7 +113,8 @@ def tried(command, folder):
         folder = ROOT
     else:
         small = TINY[words[1]].split()
-        small += ["--data.path", "book.txt"] if words[1] in ("train.py", "data.py") else []
+        own = words[1] in ("train.py", "data.py") and "--data.mix" not in words
+        small += ["--data.path", "book.txt"] if own else []
         if "--resume" in words:
             small = ["--steps", "3"]
         if "--help" in words:

@@ -403,11 +403,13 @@ class Outer:
     number: int = 3
     text: str = ""
     yes: bool = False
+    names: tuple[str, ...] = ()
     inner: Inner = Inner()
 
 
 inners = st.builds(Inner, st.sampled_from("ab"), st.floats(0, 1))
-outers = st.builds(Outer, st.integers(), st.text(), st.booleans(), inners)
+names_ = st.lists(st.text()).map(tuple)
+outers = st.builds(Outer, st.integers(), st.text(), st.booleans(), names_, inners)
 
 
 @given(outers, st.sets(st.sampled_from(["number", "text", "yes", "inner", "kind", "share"])))
@@ -434,6 +436,8 @@ WRONG = [
     ({"text": 3}, "text cannot be 3"),
     ({"text": ["x" * 999]}, "text cannot be ["),
     ({"yes": 1}, "yes cannot be 1"),
+    ({"names": "a"}, "names cannot be 'a'"),
+    ({"names": ["a", 1]}, "names cannot be 1"),
     ({"inner": 3}, "inner cannot be 3"),
     ({"inner": {"kind": "c"}}, "inner.kind cannot be 'c'"),
     ({"inner": {"kind": ["a"]}}, "inner.kind cannot be ['a']"),
