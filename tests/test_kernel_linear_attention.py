@@ -27,6 +27,15 @@ from kernels.linear_attention import (
 FAST = [linear_attention_chunked, linear_attention_triton]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_chunks():
+    """As in the interpreter, so that a text of 50 tokens has several, in torch too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(file, "CHUNK", 16)
+        yield
+
+
 def draw_inputs(seed, B, H, K, T, M, D, dtype, how=(0, 0, 0)):
     """Features from [0.1, 1.1) with some rows of zeros, values, each with a gradient.
 
@@ -63,6 +72,7 @@ def problems(draw):
     inputs = draw_inputs(seed, B, K * group, K, T, M, D, dtype, how)
     kind = draw(st.sampled_from(["", "starts", "past"]))
     starts = documents(seed, draw(st.sampled_from([1, B])), T, draw(st.sampled_from([0.03, 0.3])))
+    starts = strided(starts, draw(layouts))
     past = torch.rand(B, K, M, D + 1, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     return inputs, starts if kind == "starts" else None, past if kind == "past" else None
 
@@ -145,9 +155,8 @@ def test_large_sums_do_not_overflow_half_precision():
         v += 3
     out, state = linear_attention_triton(q, k, v)
     assert state.max() > 65504
-    seen = out.isfinite() & (out != 0)
     true, _ = linear_attention_obvious(*(x.detach().double() for x in (q, k, v)))
-    assert seen.any() and (out[seen] - true[seen]).abs().max() < 0.02
+    assert (out - true).abs().max() < 0.02
 
 
 def test_twice_the_same_bits():
