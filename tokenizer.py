@@ -51,6 +51,7 @@ LONG_PIECE = 100  # characters; from here on a heap beats looking for the best p
 CACHED_PIECES = 1 << 16  # pieces whose ids are remembered: some 10 MB
 BLOCK = 1 << 14  # characters of a stream that are encoded at once
 
+CHARACTER = r"[\s\S]"  # the pattern that cuts everywhere
 Ranks = Mapping[Pair, int]  # of two neighbours; the lower merges first
 Tie = Literal["lowest ids", "greatest bytes"]  # which of equally common pairs is merged first
 
@@ -353,10 +354,7 @@ class BPE:
         and rustbpe, or that of greatest bytes, as in subword-nmt and Stanford's CS336. Many texts
         are counted in several processes (0: one for each core).
         """
-        special = list(dict.fromkeys(special))
-        room = vocab_size - 256 - len(special)
-        if room < 0:
-            raise ValueError(f"vocab_size must be {vocab_size - room} or more, not {vocab_size}")
+        special, room = cls._room(vocab_size, special)
         counts = count_pieces(texts, pattern, special, progress, processes)
         learnt = islice(learn_merges(counts, tie), room)
         tokens, merges = [bytes([byte]) for byte in range(256)], []
@@ -365,6 +363,15 @@ class BPE:
             merges.append(pair)
         special_ids = {text: id for id, text in enumerate(special, len(tokens))}
         return cls(tokens, merges, special_ids, pattern)
+
+    @staticmethod
+    def _room(vocab_size: int, special: Iterable[str]) -> tuple[list[str], int]:
+        """Special tokens, each once, and how many ids they and the bytes leave."""
+        special = list(dict.fromkeys(special))
+        room = vocab_size - 256 - len(special)
+        if room < 0:
+            raise ValueError(f"vocab_size must be {vocab_size - room} or more, not {vocab_size}")
+        return special, room
 
     @property
     def vocab_size(self) -> int:
@@ -403,6 +410,18 @@ class BPE:
             else:
                 ids.extend(chain.from_iterable(map(self._memory.__getitem__, self._split(part))))
         return ids
+
+    def spans(self, text: str, special: str = "text") -> list[tuple[int, int]]:
+        """For each token of `encode` the characters it stands for, text[start:end].
+
+        A token that begins or ends inside of a character has all of that character.
+        """
+        character = [i for i, c in enumerate(text) for _ in range(len(c.encode()))]  # of each byte
+        found, end = [], 0
+        for id in self.encode(text, special):
+            start, end = end, end + len(self._bytes[id])
+            found.append((character[start], character[end - 1] + 1))
+        return found
 
     def encode_batch(
         self, texts: Iterable[str], special: str = "text", processes: int = 0
@@ -489,9 +508,12 @@ class BPE:
         )
 
     def _check_ranks(self) -> None:
+        """ValueError where the order of ids is not that of merges, or some pairs never merge."""
         made = list(self._made)
+        learnt = len(set(made)) == len(self._ids) - 256
         if self.merges is not None and (
-            made != sorted(made) or len(set(made)) != len(self._ids) - 256
+            made != sorted(made)
+            or not (learnt or self._ranks.keys() == dict(self._splits()).keys())
         ):
             raise ValueError("the ids do not follow the order of the merges, as tiktoken needs")
 
@@ -538,6 +560,19 @@ class BPE:
                 f"{path} cannot be loaded as a byte-level BPE ({error}): choose another file, or "
                 "write this one again with BPE.save"
             ) from None
+
+    @classmethod
+    def characters(
+        cls, texts: Iterable[str], vocab_size: int, special: Iterable[str] = (END_OF_TEXT,)
+    ) -> Self:
+        """Each character is a token: the commonest of texts, by count; others are their bytes."""
+        special, room = cls._room(vocab_size, special)
+        counts = count_pieces(texts, CHARACTER, special)
+        longer = [c for c in counts if len(c.encode()) > 1]
+        longer.sort(key=lambda c: (-counts[c], c))
+        tokens = [*(bytes([byte]) for byte in range(256)), *(c.encode() for c in longer[:room])]
+        ids = {text: id for id, text in enumerate(special, len(tokens))}
+        return cls(tokens, None, ids, CHARACTER)
 
     @classmethod  # the last method, because above this line `bytes` must mean the type
     def bytes(cls, special: Iterable[str] = (END_OF_TEXT,)) -> Self:

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import count, islice, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -74,6 +75,7 @@ ALL = {
     "gpt2": BPE.train(MANUAL, 600, "gpt2", SPECIALS),
     "unsplit": BPE.train([text[:999] for text in MANUAL], 500, r"[\s\S]+", SPECIALS),
     "bytes": BPE.bytes(SPECIALS),
+    "characters": BPE.characters([TRICKY[:20], *MANUAL], 270, SPECIALS),
 }
 IN_TIKTOKEN = {bpe.fingerprint: bpe.to_tiktoken() for bpe in ALL.values()}
 every_tokenizer = pytest.mark.parametrize("bpe", ALL.values(), ids=ALL)
@@ -513,6 +515,52 @@ def test_a_tokenizer_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(TRAINED)) == TRAINED
 
 
+# --- places and characters ------------------------------------------------------------------------
+
+
+@many
+@given(marked, st.sampled_from(["text", "ids"]))
+@every_tokenizer
+def test_spans_are_the_places_of_tokens(bpe, text, special):
+    """They cover the text in order; a token that is whole characters is its part of the text."""
+    ids, spans = bpe.encode(text, special), bpe.spans(text, special)
+    assert len(ids) == len(spans)
+    covered = 0
+    for id, (start, end) in zip(ids, spans, strict=True):
+        assert covered - 1 <= start <= covered < end or covered - 1 <= start < end == covered
+        covered = end
+        token = bpe.decode_bytes([id])
+        assert token in text[start:end].encode()
+        assert token == text[start:end].encode() or not is_utf8(token)
+    assert covered == len(text)
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+@given(assigned)
+@pytest.mark.parametrize("name", ["gpt4", "gpt2", "bytes", "characters"])
+def test_spans_are_those_of_hugging_face(saved, name, text):
+    theirs = tokenizers.Tokenizer.from_file(str(saved[name]))
+    assert ALL[name].spans(text) == theirs.encode(text).offsets
+
+
+@given(st.text("aé中😀\u0301", max_size=30))
+def test_each_known_character_is_a_token_and_others_are_bytes(text):
+    bpe = BPE.characters(["ééé中中", "é", "a"], 259)
+    assert bpe.tokens[256:] == ["é".encode(), "中".encode()] and bpe.vocab_size == 259
+    want = [256 + "é中".index(c) if c in "é中" else [*c.encode()] for c in text]
+    flat = [id for part in want for id in (part if isinstance(part, list) else [part])]
+    assert bpe.encode(text) == flat and bpe.decode(flat) == text
+    assert bpe.to_tiktoken().encode_ordinary(text) == flat
+    again = replace(bpe, merges=[pair for pair, _ in bpe._splits()])  # as a file has it
+    assert again.encode(text) == again.to_tiktoken().encode_ordinary(text) == flat
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 
@@ -748,7 +796,9 @@ def test_what_was_saved_is_loaded(saved):
     """The pattern too, which minbpe once did not keep."""
     assert len(saved) == len(ALL) + 1  # and no temporary file
     for name, bpe in ALL.items():
-        assert BPE.load(saved[name]) == bpe
+        loaded = BPE.load(saved[name])  # where ids are the ranks, all merges are written out
+        assert replace(loaded, merges=bpe.merges) == bpe
+        assert (loaded.merges == bpe.merges) == (bpe.merges is not None)
     loaded = BPE.load(saved["shuffled"])
     assert loaded.fingerprint == BPE(loaded.tokens, *list(vars(SHUFFLED).values())[1:4]).fingerprint
 
