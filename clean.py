@@ -1,21 +1,39 @@
 """From documents to text worth training on: steps, each of which says what it dropped, and why.
 
-Idea: what is left after a step is counted, what is dropped has a named reason, and one example of
-each reason is kept for the reader. Documents wait in a file, so that a corpus may be larger than
-memory. So far there is one step, reading.
+Idea: most of what a crawl or a disk holds teaches little, or teaches the same thing again, or is
+somebody's private matter. A step is one function from the texts of a corpus to what each of them
+becomes, or None, and the reasons:
 
-Run: python -m pytest tests/test_data.py
+    quality -> copies -> near_copies -> repeated sentences and lines -> privacy
+
+What is left after each is counted, what is dropped has a named reason, and one example of each
+reason is kept for the reader. Documents wait in a file and steps hold at most some hashes of each,
+so that a corpus may be larger than memory; the result depends on the documents and their order
+alone, not on the number of processes.
+
+Run: python data.py                      all steps on Python's own prose, as a table and a figure
+     python -m pytest tests/test_clean.py
+
+Papers: Rae et al. 2021, section A.1 (arXiv 2112.11446); Raffel et al. 2020, section 2.2 (arXiv
+1910.10683); Penedo et al. 2024 (arXiv 2406.17557); Lee et al. 2022 (arXiv 2107.06499).
 """
 
 import json
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from documents import Document, Problem
+from tqdm import tqdm
+
+from dedup import Interval, clusters, first_copies, removed, repeated_lines, repeated_spans
+from dedup import text_hashes as hashes_of
+from documents import SHORTEST, Document, Problem
+from processes import in_processes
+from quality import Verdict, check, clean_c4
+from redact import redact
 from run import UserError
 
 EXCERPT = 120  # characters of an example
@@ -58,6 +76,7 @@ class Store(Sequence[Item]):
     """Items in a file, of which any can be read again, also by several processes at once."""
 
     def __init__(self, path: Path):
+        self.path = path
         self.file = open(path, "w+b")  # noqa: SIM115 it lives as long as this
         self.starts = array("q", [0])
 
@@ -72,29 +91,30 @@ class Store(Sequence[Item]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         self.file.flush()
-        start, end = self.starts[i : i + 2]
+        start, end = self.starts[i], self.starts[i + 1]
         document, source = json.loads(os.pread(self.file.fileno(), end - start, start))
         return Item(Document(*document), source)
 
     @property
     def texts(self) -> "Texts":
-        return Texts(self)
+        return Texts(self, range(len(self)))
+
+    def remove(self) -> None:
+        self.file.close()
+        self.path.unlink()
 
 
 class Texts(Sequence[str]):
-    """The texts of a store."""
+    """The texts of some items of a store."""
 
-    def __init__(self, store: Store):
-        self.store = store
+    def __init__(self, store: Store, which: Sequence[int]):
+        self.store, self.which = store, which
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.which)
 
     def __getitem__(self, i: int) -> str:
-        return self.store[i].document.text
-
-
-# --- the steps ------------------------------------------------------------------------------------
+        return self.store[int(self.which[i])].document.text
 
 
 def gather(found: Iterable[tuple[Document | Problem, int]], store: Store, strict: bool) -> Step:
@@ -111,3 +131,117 @@ def gather(found: Iterable[tuple[Document | Problem, int]], store: Store, strict
             step.keep(thing.text)
             store.append(Item(thing, source))
     return step
+
+
+# --- the steps ------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """What becomes of a text, None if it is dropped; reason -> how often, and an example."""
+
+    text: str | None
+    reasons: dict[str, tuple[int, str]] = {}  # noqa: RUF012 never written to
+
+
+Changes = Callable[[Texts], Iterator[Change]]  # one for each text, in order
+
+
+def in_groups(change: Callable[[str], Change]) -> Changes:
+    """A step that looks at each text alone, in several processes."""
+
+    def changes(texts: Texts) -> Iterator[Change]:
+        for group in in_processes(lambda group: [*map(change, group)], texts):
+            yield from group
+
+    return changes
+
+
+def quality(preset: str) -> Changes:
+    """What fails a rule of quality.PRESETS goes; of web pages first the lines that C4 drops."""
+
+    def change(text: str) -> Change:
+        lines = clean_c4(text, terminal=False) if preset == "web" else text
+        verdict = check(lines, preset)
+        if verdict.kept:
+            return Change(lines)
+        return Change(None, {verdict.rule: (1, f"{told(verdict)}: {text[:EXCERPT]}")})
+
+    return in_groups(change)
+
+
+def told(verdict: Verdict) -> str:
+    sign = "<" if verdict.value < verdict.bound else ">"
+    return f"{verdict.value:.3g} {sign} {verdict.bound:g}"
+
+
+def copies(texts: Texts) -> Iterator[Change]:
+    """The first of texts that are equal but for case and white space stays."""
+    return firsts(texts, first_copies(hashes_of(texts)), "copy")
+
+
+def near_copies(texts: Texts) -> Iterator[Change]:
+    """The first of texts that share 70 % of their runs of five words stays."""
+    return firsts(texts, clusters(texts), "near-copy")
+
+
+def firsts(texts: Texts, first: Sequence[int], reason: str) -> Iterator[Change]:
+    for i, text in enumerate(texts):
+        yield Change(text) if first[i] == i else Change(None, {reason: (1, text)})
+
+
+def passages(find: Callable[[Texts], Iterator[list[Interval]]], reason: str) -> Changes:
+    """The intervals that `find` names go, and texts of which little is left."""
+
+    def changes(texts: Texts) -> Iterator[Change]:
+        for text, intervals in zip(texts, find(texts), strict=True):
+            if not intervals:
+                yield Change(text)
+                continue
+            left = removed(text, intervals).strip()
+            start, end = intervals[0]
+            reasons = {reason: (len(intervals), text[start:end])}
+            if len(left) < SHORTEST:
+                reasons["little was left"] = (1, text)
+            yield Change(left if len(left) >= SHORTEST else None, reasons)
+
+    return changes
+
+
+def private(text: str) -> Change:
+    """What is somebody's is replaced by its kind, which is also all that an example shows."""
+    clean, counts = redact(text)
+    shown = {k: (n, clean[max(0, clean.find(f"<{k}>") - 60) :]) for k, n in counts.items()}
+    return Change(clean, shown)
+
+
+COMMON: dict[str, Changes] = {
+    "copies": copies,
+    "near-copies": near_copies,
+    "repeated sentences": passages(repeated_spans, "three sentences seen before"),
+    "repeated lines": passages(repeated_lines, "line seen before"),
+    "privacy": in_groups(private),
+}
+RECIPES: dict[str, dict[str, Changes]] = {
+    "none": {},
+    "docs": {"quality": quality("docs"), **COMMON},
+    "web": {"quality": quality("web"), **COMMON},
+}
+
+
+def clean(store: Store, recipe: str) -> tuple[Store, list[Step]]:
+    """The store that the steps of a recipe leave, and what they did; the given one is removed."""
+    steps = []
+    for name, changes in RECIPES[recipe].items():
+        left, step = Store(store.path.with_name(name)), Step(name)
+        bar = tqdm(store, name, leave=False, disable=None, unit="doc")
+        for item, (text, reasons) in zip(bar, changes(store.texts), strict=True):
+            document = item.document
+            for reason, (times, example) in reasons.items():
+                step.drop(reason, document.source, example, times)
+            if text is not None and text.strip():
+                step.keep(text)
+                left.append(item._replace(document=document._replace(text=text)))
+        store.remove()
+        store = left
+        steps.append(step)
+    return store, steps

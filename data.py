@@ -1,4 +1,4 @@
-"""From a corpus to batches: read documents, hold some out, make tokens once, pack them into rows.
+"""From a corpus to batches: read and clean documents, hold some out, make tokens once, pack rows.
 
 Idea: documents are chosen for the held-out part by a hash of their text, so that neither their
 order nor a document added later moves one across, and copies stay together. Tokens are written once
@@ -8,7 +8,7 @@ packed with whole documents where they fit; no token is lost, repeated or seen a
 Without a path the corpus is the prose of Python's own standard library, which lies on every
 machine: docstrings, comments, and the language reference behind `help()`.
 
-Run: python data.py                       the corpus, some documents, and how one batch is packed
+Run: python data.py                       what each step leaves, and how one batch is packed
      python data.py --data.path README.md     the same for other text
 
 Papers: Raffel et al. 2020, on packing (arXiv 1910.10683); Ding et al. 2024, best-fit packing
@@ -22,7 +22,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,16 +34,21 @@ import tyro
 from tqdm import tqdm
 
 import clean
+import dedup
 import documents
 import packing
-from clean import Item, Step, Store, gather
+import quality
+import redact
+from clean import Item, Step, Store, Texts, gather
+from dedup import SPLIT, clusters, first_copies, shared_spans, split_by_cluster, text_hashes
 from documents import Document, Problem, files_of, python_files, read
 from objectives import IGNORE
 from packing import Mixture, Part, Shards, ShardWriter
 from run import RUNS, UserError, main, read_json, write_json
 from tokenizer import BPE
 
-MADE_BY = (clean, documents, packing)  # what they do decides what the token files hold
+# What these do decides what the token files hold.
+MADE_BY = (clean, dedup, documents, packing, quality, redact)
 CACHE = RUNS / "cache"
 LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
 
@@ -58,6 +63,10 @@ class DataConfig:
     mix: tuple[str, ...] = ()  # instead of path, several sources: name=path or name=path@weight
     temperature: float = 1.0  # of weights that are not given: tokens^(1/temperature)
     strict: bool = False  # stop at the first line or file that cannot be read
+    clean: Literal["auto", "none", "docs", "web"] = (
+        "auto"  # steps before training, with rules for documentation or web pages; auto: docs for
+        # Python's own prose, none for text of yours
+    )
     held_out: float = 0.05  # share of the documents never trained on (one document: its last tenth)
 
     def __post_init__(self):
@@ -74,10 +83,10 @@ class DataConfig:
 class TokenizerConfig:
     """How text is cut."""
 
-    kind: Literal["bpe", "bytes"] = (
-        "bpe"  # merges learnt from the training documents, or plain bytes
+    kind: Literal["bpe", "characters", "bytes"] = (
+        "bpe"  # merges or characters learnt from the training documents, or plain bytes
     )
-    vocab_size: int = 2048  # tokens of a BPE: 256 bytes, the merges, and the end of text
+    vocab_size: int = 2048  # tokens of the first two: 256 bytes, what is learnt, the end of text
     pattern: Literal["gpt4", "gpt2"] = "gpt4"  # how text is split before merging
 
     def __post_init__(self):
@@ -129,6 +138,12 @@ def source_of(text: str) -> Source:
     return Source(name, path, weight)
 
 
+def recipe_of(config: DataConfig) -> str:
+    if config.clean != "auto":
+        return config.clean
+    return "none" if config.path or config.mix else "docs"
+
+
 def read_all(config: DataConfig) -> Iterator[tuple[Document | Problem, int]]:
     """All that the sources hold, one after another, with the number of the source."""
     for number, source in enumerate(sources_of(config)):
@@ -139,26 +154,46 @@ def read_all(config: DataConfig) -> Iterator[tuple[Document | Problem, int]]:
 # --- holding out ----------------------------------------------------------------------------------
 
 
-def held_out(texts: Iterable[str], share: float) -> np.ndarray:
-    """Which texts are held out: those that hash into the lowest `share` of all hashes.
+def held_out(clusters: np.ndarray, hashes: np.ndarray, share: float) -> np.ndarray:
+    """Which texts are held out: whole clusters, whose first hashes into the lowest `share` of all.
 
     At least one, and never all: if the hashes leave a side empty, the lowest or highest one goes
     there (only then can a text added later take its place).
     """
-    marks = np.array(
-        [
-            int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-            for text in texts
-        ],
-        dtype=np.uint64,
-    )
-    held = marks / 2.0**64 < share
+    held, marks = split_by_cluster(clusters, hashes, share), hashes[clusters]
     if len(set(marks.tolist())) > 1:
         if not held.any():
             held = marks == marks.min()
         if held.all():
             held = marks != marks.max()
     return held
+
+
+def divide(store: Store, config: DataConfig) -> tuple[Store, np.ndarray, list[Step]]:
+    """Which documents are held out, and what had to go so that none of them is known already.
+
+    Of texts that were cleaned those that share half of their runs of five words lie on one side,
+    and a text held out that shares a run of 13 words with training texts goes.
+    """
+    texts, cleaned = store.texts, recipe_of(config) != "none"
+    hashes = text_hashes(texts)
+    held = held_out(clusters(texts, SPLIT) if cleaned else first_copies(hashes), hashes,
+                    config.held_out)  # fmt: skip
+    if not cleaned or held.all() == held.any():
+        return store, held, []
+    train, test = (Texts(store, np.flatnonzero(side)) for side in (~held, held))
+    leaks = set(test.which[shared_spans(train, test) > 0].tolist())
+    step, left = Step("leak check"), Store(store.path.with_name("divided"))
+    for i, item in enumerate(tqdm(store, "leak check", leave=False, disable=None, unit="doc")):
+        if i in leaks and len(leaks) < held.sum():
+            step.drop("held out, but 13 words in a row are trained on", item.document.source,
+                      item.document.text)  # fmt: skip
+        else:
+            step.keep(item.document.text)
+            left.append(item)
+    store.remove()
+    kept = [i not in leaks or len(leaks) == held.sum() for i in range(len(held))]
+    return left, held[kept], [step]
 
 
 def split(items: Iterable[Item], held: np.ndarray) -> Iterator[tuple[Item, bool]]:
@@ -243,37 +278,44 @@ def identity(config: DataConfig) -> list:
 def tokenize(
     config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None, out: Path
 ) -> None:
-    """Read, hold out, train the tokenizer on what is left, write tokens and a description."""
+    """Read, clean, divide, train the tokenizer on one side, write tokens and a description."""
     with TemporaryDirectory(dir=out.parent) as scratch:
         store = Store(Path(scratch, "documents"))
-        step = gather(read_all(config), store, config.strict)
-        held = held_out(store.texts, config.held_out)
-        check(config, held, step)
+        read_step = gather(read_all(config), store, config.strict)
+        check(config, store, read_step)
+        store, clean_steps = clean.clean(store, recipe_of(config))
+        check(config, store, *clean_steps)
+        store, held, last_step = divide(store, config)
+        if len(held) > 1 and held.all() == held.any():
+            raise UserError(
+                f"{named(config)} holds {len(held)} copies of one document, so that none can be "
+                "held out: give more text, or only one copy"
+            )
         if tokenizer is None:
             texts = (item.document.text for item, is_out in split(store, held) if not is_out)
             tokenizer = make_tokenizer(texts, cutting)
         meta = write_tokens(split(store, held), len(held), tokenizer, out)
     tokenizer.save(out / "tokenizer.json")
     parts = parts_of(config, meta.pop("sources"))
+    steps = [asdict(step) for step in (read_step, *clean_steps, *last_step)]
+    write_json(out / "meta.json", {"source": named(config), "parts": parts, "steps": steps, **meta})
+
+
+def named(config: DataConfig) -> str:
     own = f"prose of Python {sys.version.split()[0]}'s standard library"
-    source = ", ".join(s.path or own for s in sources_of(config))
-    steps = [asdict(step)]
-    write_json(out / "meta.json", {"source": source, "parts": parts, "steps": steps, **meta})
+    return ", ".join(source.path or own for source in sources_of(config))
 
 
-def check(config: DataConfig, held: np.ndarray, step: Step) -> None:
-    """UserError if there is nothing to train on, or nothing to hold out."""
-    where = config.path or " ".join(config.mix)
-    if not len(held):
+def check(config: DataConfig, store: Store, *steps: Step) -> None:
+    """UserError if the steps left nothing, with what they say of it."""
+    if len(store) == 0:
+        reasons = [(n, reason, step) for step in steps for reason, n in step.dropped.items()]
         why = "every file is empty"
-        if "cannot be read" in step.dropped:
-            why = step.examples["cannot be read"][0]
-        raise UserError(f"there is no text in {where}: {why}")
-    if len(held) > 1 and held.all() == held.any():
-        raise UserError(
-            f"{where} holds {len(held)} copies of one document, so that none can be held out: "
-            "give more text, or only one copy"
-        )
+        if reasons and reasons[0][1] != "empty":
+            times, reason, step = max(reasons, key=lambda r: r[0])
+            example = " ".join(step.examples[reason]).strip()
+            why = f"{times:,} × {reason}, as in {example}; see --data.clean"
+        raise UserError(f"there is no text in {named(config)}: {why}")
 
 
 def write_tokens(
@@ -326,6 +368,8 @@ def encode(tokenizer: BPE, fast: tiktoken.Encoding, texts: list[str]) -> list[li
 def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> BPE:
     if config.kind == "bytes":
         return BPE.bytes()
+    if config.kind == "characters":
+        return BPE.characters(texts, config.vocab_size)
     return BPE.train(texts, config.vocab_size, config.pattern, progress=True)
 
 
@@ -343,25 +387,74 @@ class Show:
 
 def show() -> None:
     config = tyro.cli(Show)
+    if config.data.clean == "auto" and recipe_of(config.data) == "none":
+        print("train.py takes text of yours as it stands; here are the steps of --data.clean docs")
+        config = replace(config, data=replace(config.data, clean="docs"))
     corpus = prepare(config.data, config.tokenizer)
     meta, tokenizer = corpus.meta, corpus.tokenizer
-    print(f"\n{meta['source']}")
+    steps = [Step(**step) for step in meta["steps"]]
+    print(f"\n{meta['source']}\n\n{funnel(steps)}\n")
     for name in ("train", "held"):
         print(f"  {name:5} {meta[name]['documents']:>7,} documents {meta[name]['bytes']:>12,} "
               f"bytes {meta[name]['tokens']:>12,} tokens")  # fmt: skip
     for i in range(0, len(corpus.held), max(1, len(corpus.held) // 3)):
         text = tokenizer.decode(corpus.held.document(i)[1:61].tolist())
         print(f"\n  held out, document {i}: {' '.join(text.split())} …")
-    mixture = Mixture(corpus.train, config.context, tokenizer.end_of_text, 0, corpus.parts)
+    show_rows(corpus, config.context)
+    print(f"\npicture: {draw_funnel(steps, corpus.train.folder / 'funnel.png')}")
+
+
+def funnel(steps: list[Step]) -> str:
+    """What each step left and why it dropped what, with an example of each reason, as a table."""
+    most = max(step.bytes for step in steps) or 1
+    lines = [f"{'step':20} {'documents':>10} {'bytes':>14}"]
+    for step in steps:
+        bar = "█" * round(24 * step.bytes / most)
+        lines.append(f"{step.name:20} {step.documents:>10,} {step.bytes:>14,}  {bar}")
+        for reason, times in sorted(step.dropped.items(), key=lambda item: -item[1]):
+            source, excerpt = step.examples[reason]
+            lines.append(f"  {times:>8,} × {reason}, as in {source} {excerpt!r}"[:160])
+    return "\n".join(lines)
+
+
+def draw_funnel(steps: list[Step], path: Path) -> Path:
+    """The megabytes that each step left, and what it took."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    left = [step.bytes / 1e6 for step in steps]
+    before = [max(one, two) for one, two in zip(left, [left[0], *left], strict=False)]
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.55 * len(steps)), constrained_layout=True)
+    axes.barh(range(len(steps)), before, color="#d9d9d9", label="before")
+    axes.barh(range(len(steps)), left, color="#1f4e8c", label="after")
+    for i, (step, x) in enumerate(zip(steps, before, strict=True)):
+        dropped = sum(step.dropped.values())
+        axes.text(x, i, f"  {step.documents:,} documents, {dropped:,} dropped or cut", va="center")
+    axes.set(yticks=range(len(steps)), yticklabels=[step.name for step in steps],
+             xlabel="megabytes of text", xlim=(0, 1.6 * max(*before, 1e-6)))  # fmt: skip
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def show_rows(corpus: Corpus, context: int) -> None:
+    """How rows are packed: six of them, and how full an epoch is."""
+    mixture = Mixture(corpus.train, context, corpus.tokenizer.end_of_text, 0, corpus.parts)
     rows = mixture.take(6)
-    print(f"\nsix rows of {config.context} tokens; a letter is a document, a dot is padding:")
+    print(f"\nsix rows of {context} tokens; a letter is a document, a dot is padding:")
     for starts, nexts in zip(rows.starts.tolist(), rows.nexts.tolist(), strict=True):
         letters = {s: chr(97 + n % 26) for n, s in enumerate(dict.fromkeys(starts))}
         print("  " + "".join("." if n == IGNORE else letters[s]
                              for s, n in zip(starts, nexts, strict=True)))  # fmt: skip
     for stream in mixture.streams:
         pairs = sum(piece.length for row in stream.rows for piece in row)
-        full = pairs / len(stream.rows) / config.context
+        full = pairs / len(stream.rows) / context
         print(f"\nan epoch of the {stream.name} is {len(stream.rows):,} rows, {full:.1%} full")
 
 

@@ -36,6 +36,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path, name: str):
+        self.folder = folder
         offsets = np.fromfile(folder / f"{name}-offsets.int64", np.int64)
         self.starts, self.lengths = offsets[:-1], np.diff(offsets)
         dtype = np.dtype(read_json(folder / "meta.json")["dtype"])

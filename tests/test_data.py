@@ -26,6 +26,7 @@ import packing
 from attention import document_mask
 from clean import Item, Step, Store, gather
 from data import DataConfig, TokenizerConfig, held_out, prepare, read_all, split
+from dedup import first_copies, text_hashes
 from documents import Document, prose, python_files, standard_library
 from kernels.mask import visible
 from objectives import IGNORE, Rows
@@ -327,6 +328,12 @@ def test_ids_have_room_in_their_dtype(tmp_path, vocab_size, dtype):
 shares = st.floats(0.001, 0.999)
 
 
+def sides(texts: list[str], share: float) -> np.ndarray:
+    """Which of texts are held out that nobody cleaned: copies are known by their hash."""
+    hashes = text_hashes(texts)
+    return held_out(first_copies(hashes), hashes, share)
+
+
 def items_of(texts: list[str]) -> list[Item]:
     return [Item(Document(text, str(i)), 0) for i, text in enumerate(texts)]
 
@@ -334,29 +341,29 @@ def items_of(texts: list[str]) -> list[Item]:
 @given(st.lists(texts, max_size=12), shares, st.randoms())
 def test_holding_out_depends_on_the_text_alone_not_on_the_order(contents, share, random):
     contents = contents + contents[:3]
-    side = dict(zip(contents, held_out(contents, share).tolist(), strict=True))
-    assert [side[text] for text in contents] == held_out(contents, share).tolist(), (
+    side = dict(zip(contents, sides(contents, share).tolist(), strict=True))
+    assert [side[text] for text in contents] == sides(contents, share).tolist(), (
         "copies must lie on one side"
     )
     random.shuffle(contents)
-    assert [side[text] for text in contents] == held_out(contents, share).tolist()
+    assert [side[text] for text in contents] == sides(contents, share).tolist()
 
 
 @given(st.sets(texts, min_size=1, max_size=12), st.lists(texts, max_size=12), shares)
 def test_documents_added_later_move_none_across(old, more, share):
     """Except when a side would have been empty, and one document was put there to fill it."""
     old = sorted(old)
-    later = held_out(old + more, share)[: len(old)]
+    later = sides(old + more, share)[: len(old)]
     if later.any() and not later.all():
-        assert (held_out(old, share) == later).all()
+        assert (sides(old, share) == later).all()
 
 
 @given(st.sets(texts, min_size=2, max_size=12), shares)
 def test_each_side_gets_a_document(contents, share):
     """One document moves if the hashes leave a side empty, and none otherwise."""
     contents = sorted(contents)
-    held = held_out(contents, share)
-    by_hash = np.array([held_out([text], share)[0] for text in contents])
+    held = sides(contents, share)
+    by_hash = np.array([sides([text], share)[0] for text in contents])
     assert held.dtype == bool and held.any() and not held.all()
     assert (held != by_hash).sum() == (by_hash.all() or not by_hash.any())
 
@@ -365,12 +372,12 @@ def test_the_share_held_out_is_what_was_asked_for():
     documents = [f"document {i}" for i in range(4000)]
     for share in (0.05, 0.3):
         deviation = (share * (1 - share) / len(documents)) ** 0.5
-        assert abs(held_out(documents, share).mean() - share) < 4 * deviation
+        assert abs(sides(documents, share).mean() - share) < 4 * deviation
 
 
 @given(st.lists(texts, min_size=2, max_size=12), shares)
 def test_split_sends_each_document_to_its_side(contents, share):
-    items, held = items_of(contents), held_out(contents, share)
+    items, held = items_of(contents), sides(contents, share)
     assert list(split(items, held)) == list(zip(items, held.tolist(), strict=True))
 
 
@@ -697,7 +704,7 @@ def test_decoding_the_stored_documents_gives_the_corpus_back(tmp_path, contents,
     jsonl(folder / "a.jsonl", contents)
     cutting = TokenizerConfig(vocab_size=vocab_size) if vocab_size else BYTES
     corpus = prepare_in(folder, cutting=cutting, held=share)
-    held = held_out(contents, share).tolist()
+    held = sides(contents, share).tolist()
     train = [text for text, out in zip(contents, held, strict=True) if not out]
     kept = [text for text, out in zip(contents, held, strict=True) if out]
     assert stored_texts(corpus) == train + kept
@@ -730,7 +737,7 @@ def test_copies_of_one_document_are_refused(tmp_path):
 def test_the_tokenizer_is_trained_on_the_training_part_only(tmp_path):
     """No token holds more of a word that stands only in held-out documents than its letters."""
     held = [t for t in (f"zyzzyva {i} " * 20 for i in range(40))
-            if held_out([t], 0.5)[0]]  # fmt: skip
+            if sides([t], 0.5)[0]]  # fmt: skip
     others = [f"common words {i} " * 20 for i in range(40)]
     jsonl(tmp_path / "a.jsonl", [t for pair in zip(held, others, strict=False) for t in pair])
     corpus = prepare_in(tmp_path, cutting=TokenizerConfig(vocab_size=320))
@@ -891,7 +898,8 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
 
 def test_the_demo_shows_a_corpus(tmp_path, monkeypatch, capsys, corpus_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["data.py", "--data.path", "a.jsonl", "--context", "40"])
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data.path", "a.jsonl", "--data.clean",
+                                      "none", "--context", "40"])  # fmt: skip
     data.show()
     out = capsys.readouterr().out
     (meta,) = (read_json(path) for path in (tmp_path / data.CACHE).glob("*/meta.json"))

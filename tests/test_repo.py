@@ -23,8 +23,8 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 LADDER = [  # a file imports from rungs below its own, or from an earlier place on it
     ["run", "kernels", "pieces", "processes", "tokenizer_files", "objectives", "optim", "tasks"],
     ["tokenizer", "attention", "model_files"],
-    ["documents", "packing", "wordpiece", "unigram", "sentencepiece_files"],
-    ["clean"],
+    ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "sentencepiece_files"],
+    ["clean", "unigram"],
     ["data"],
     ["model"],
     ["step"],
