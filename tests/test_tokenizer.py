@@ -31,19 +31,16 @@ import pieces
 import processes
 import tokenizer
 from bench import own_source
-from pieces import NEXT_CUT, SPLIT_PATTERNS
-from tokenizer import (
-    BPE,
-    END_OF_TEXT,
+from merges import (
     apply_merges,
     apply_merges_to_long,
-    count_pieces,
     learn_merges,
     learn_obviously,
     merge,
     pair_counts,
-    splitter,
 )
+from pieces import NEXT_CUT, SPLIT_PATTERNS
+from tokenizer import BPE, END_OF_TEXT, count_pieces, splitter
 from tokenizer_files import to_chars
 
 # tiktoken 0.14's own cl100k_base: the oracle of SPLIT_PATTERNS["gpt4"]
