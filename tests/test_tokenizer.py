@@ -38,6 +38,7 @@ from merges import (
     learn_obviously,
     merge,
     pair_counts,
+    seams,
 )
 from pieces import NEXT_CUT, SPLIT_PATTERNS
 from tokenizer import BPE, END_OF_TEXT, count_pieces, splitter
@@ -172,8 +173,8 @@ def test_a_pattern_that_cannot_split_is_refused(pattern, problem):
 def test_worked_examples_of_the_docstrings():
     assert pair_counts({(1, 1, 1, 2): 5}) == {(1, 1): 10, (1, 2): 5}
     assert merge((1, 1, 1, 2), (1, 1), 9) == (9, 1, 2)
-    assert list(tokenizer.seams(["x", "y"], "ab", "N")) == [("xa", "xN"), ("by", "Ny")]
-    assert list(tokenizer.seams(["", "", ""], "ab", "N")) == [("ba", "NN")]
+    assert list(seams(["x", "y"], "ab", "N")) == [("xa", "xN"), ("by", "Ny")]
+    assert list(seams(["", "", ""], "ab", "N")) == [("ba", "NN")]
 
 
 every_tie = pytest.mark.parametrize("tie", ["lowest ids", "greatest bytes"])
