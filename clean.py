@@ -32,11 +32,12 @@ from dedup import Interval, clusters, first_copies, removed, repeated_lines, rep
 from dedup import text_hashes as hashes_of
 from documents import SHORTEST, Document, Problem
 from processes import in_processes
-from quality import Verdict, check, clean_c4
+from quality import Verdict, check, clean_c4, language
 from redact import redact
 from run import UserError
 
 EXCERPT = 120  # characters of an example
+SURE = 0.65  # that a text is English
 
 
 class Item(NamedTuple):
@@ -169,6 +170,14 @@ def quality(preset: str) -> Changes:
     return in_groups(change)
 
 
+def english(text: str) -> Change:
+    """What is hardly English goes (Penedo et al. 2024, section 3.3: 0.65)."""
+    label, sure = language(text)
+    if label == "en" and sure >= SURE:
+        return Change(text)
+    return Change(None, {f"language {label}": (1, f"{sure:.2f} sure: {text[:EXCERPT]}")})
+
+
 def told(verdict: Verdict) -> str:
     sign = "<" if verdict.value < verdict.bound else ">"
     return f"{verdict.value:.3g} {sign} {verdict.bound:g}"
@@ -224,7 +233,7 @@ COMMON: dict[str, Changes] = {
 RECIPES: dict[str, dict[str, Changes]] = {
     "none": {},
     "docs": {"quality": quality("docs"), **COMMON},
-    "web": {"quality": quality("web"), **COMMON},
+    "web": {"language": in_groups(english), "quality": quality("web"), **COMMON},
 }
 
 

@@ -181,8 +181,10 @@ class Repetition:
             keys = hash_windows(self._ids, places, n) & ~mask | places.astype(np.uint64)
             keys.sort()  # much faster than argsort
             places, kinds = (keys & mask).astype(np.int64), keys & ~mask
-            first = np.concatenate([[True], kinds[1:] != kinds[:-1]])
-            alone = first & np.concatenate([first[1:], [True]])
+            first = np.ones(len(places), bool)
+            first[1:] = kinds[1:] != kinds[:-1]
+            alone = first.copy()
+            alone[:-1] &= first[1:]
             self.sorted[n] = places[~alone], first[~alone]
         return self.sorted[n]
 

@@ -85,7 +85,8 @@ def test_what_was_planted_goes_and_the_rest_stays(tmp_path, recipe, seed):
     store, steps = clean.clean(stored(tmp_path, documents), recipe)
     by_name = {step.name: step for step in steps}
     assert list(by_name) == list(RECIPES[recipe])
-    assert sum(by_name["quality"].dropped.values()) >= count["junk"]
+    of_junk = (by_name[name] for name in ("language", "quality") if name in by_name)
+    assert sum(n for step in of_junk for n in step.dropped.values()) >= count["junk"]
     if recipe == "docs":
         assert sum(by_name["quality"].dropped.values()) == count["junk"]
         assert by_name["copies"].dropped == {"copy": 1}
@@ -96,6 +97,14 @@ def test_what_was_planted_goes_and_the_rest_stays(tmp_path, recipe, seed):
         counts = [*map(left.count, ("Whoever reads this", "But this is new", "Yet that one"))]
         assert counts == [1, 1, 1]
         assert "<EMAIL>" in left and not ADDRESS.search(left)
+
+
+def test_web_pages_are_english(tmp_path):
+    german = (
+        "Das Haus steht am Fluss, und niemand hat es seit dem Winter noch einmal betreten. " * 9
+    )
+    _, steps = clean.clean(stored(tmp_path, [*GOOD[:3], german]), "web")
+    assert steps[0].dropped == {"language de": 1} and steps[0].documents == 3
 
 
 def test_every_document_is_kept_or_dropped_for_a_reason(tmp_path):

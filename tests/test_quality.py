@@ -289,6 +289,13 @@ def test_repeated_ngrams_are_counted_as_by_hand(seed, n):
             assert getattr(repetition, what)(k) == pytest.approx(obvious(some, k)), (k, what)
 
 
+def test_nothing_repeated_is_nothing():
+    """Also of a long text in which no word occurs twice, which once was an IndexError."""
+    for size in (50, 1000):
+        repetition = Repetition([letters(i) for i in range(size)])
+        assert [repetition.top(n) for n in (2, 3, 4)] == [0, 0, 0] == [repetition.repeated(5)] * 3
+
+
 def test_ngrams_by_example():
     """What two places of an n-gram share counts once; what occurs once is no repetition."""
     assert top_obviously(["a", "a", "a", "a", "bbbb"], 2) == 0.5

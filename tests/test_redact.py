@@ -370,7 +370,8 @@ def a_version(draw):
     n = [draw.randrange(60) for _ in range(5)]
     quad = ".".join(map(str, n[:4]))
     return draw.choice([
-        f"{n[0]}.{n[1]}.{n[2]}", f"v{quad}", f"version {quad}", f"pkg=={quad}", f"pkg>={quad}",
+        f"{n[0]}.{n[1]}.{n[2]}", f"pkg@{n[0]}.{n[1]}.{n[2] + 10}",
+        f"v{quad}", f"version {quad}", f"pkg=={quad}", f"pkg>={quad}",
         f"~={quad}",
         f"{quad}.{n[4]}", f"{quad}rc1", f"{n[0]}.{n[1]}.{n[2]}-beta.{n[3]}", f"{n[0]}.{n[1]}",
         f"Section {quad}",
