@@ -7,17 +7,20 @@ median ratio and what the middle 60 % of them span.
 Run: python bench.py                       an update, learning a tokenizer, encoding (minutes)
      python bench.py --only update         against the same network in plain torch
      python bench.py --only tokenizer      against Hugging Face's tokenizers and tiktoken
+     python bench.py --only dedup          finding near-copies, against datasketch
 
 The kernels have a bench of their own, python -m kernels.bench, and so has writing,
 python generate.py --bench gpt2.
 """
 
+import ast
 import json
 import sys
 import sysconfig
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +33,8 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dedup import Forest, Likeness, clusters, jaccard, words_of
+from documents import prose
 from model import (
     ACTIVATIONS,
     ModelConfig,
@@ -50,11 +55,11 @@ from tokenizer import BPE, END_OF_TEXT
 class Bench:
     """Time the parts against what one would use instead, alternating in one process."""
 
-    only: Literal["", "update", "tokenizer"] = ""  # one of the parts; empty: all
+    only: Literal["", "update", "tokenizer", "dedup"] = ""  # one of the parts; empty: all
     model: ModelConfig = ModelConfig(dim=384, layers=6, heads=6, vocab_size=257)
     batch: int = 12  # rows of an update
-    rounds: int = 9  # times that every side of the update is measured; a third for the tokenizer
-    megabytes: int = 40  # of this Python's own source, for the tokenizer
+    rounds: int = 9  # times that every side of the update is measured; a third for the others
+    megabytes: int = 40  # of this Python's own source for the tokenizer; a quarter for near-copies
     device: str = "auto"  # of the update: auto, cpu, cuda or mps
     compile: bool = False  # torch.compile for the plain network
 
@@ -320,7 +325,63 @@ def of_tokenizer(config: Bench) -> Iterator[Comparison]:
     print("our ids are tiktoken's" if equal else "OUR IDS ARE NOT TIKTOKEN'S")
 
 
-PARTS = {"update": of_update, "tokenizer": of_tokenizer}
+# --- near-copies ----------------------------------------------------------------------------------
+
+LIKE = Likeness()
+
+
+def docstrings(most: int) -> list[str]:
+    """Prose in the Python files that lie on this machine, about `most` bytes of it."""
+    texts, size = [], 0
+    for source in own_source(10 * most):
+        with suppress(SyntaxError, ValueError):
+            for _, text in prose(source, ast.parse(source)):
+                if len(text) >= 200 and size < most:
+                    texts.append(text)
+                    size += len(text.encode())
+    return texts
+
+
+def cluster_with_datasketch(texts: list[str]) -> list[int]:
+    """The same with their MinHash and LSH: same shingles, bands and exact comparison."""
+    from datasketch import MinHash, MinHashLSH
+
+    lsh = MinHashLSH(num_perm=LIKE.bands * LIKE.rows, params=(LIKE.bands, LIKE.rows))
+    first = MinHash(num_perm=LIKE.bands * LIKE.rows)
+    same = {"permutations": first.permutations, "scheme": first.scheme}
+    sets, forest = [], Forest(len(texts))
+    for i, text in enumerate(texts):
+        words = words_of(text)
+        runs = (words[k : k + LIKE.words] for k in range(max(1, len(words) - LIKE.words + 1)))
+        sets.append(frozenset(map(" ".join, runs)))
+        signature = MinHash(num_perm=LIKE.bands * LIKE.rows, **same)
+        signature.update_batch([shingle.encode() for shingle in sets[i]])
+        for other in lsh.query(signature):
+            if jaccard(sets[other], sets[i]) >= LIKE.threshold:
+                forest.unite(other, i)
+        lsh.insert(i, signature)
+    return [*map(forest.find, range(len(texts)))]
+
+
+def of_dedup(config: Bench) -> Iterator[Comparison]:
+    texts = docstrings(config.megabytes * 250_000)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{len(texts):,} docstrings and comments, {megabytes:.1f} MB")
+    sides = {
+        "ours": partial(clusters, texts, LIKE, processes=1),
+        "theirs": partial(cluster_with_datasketch, texts),
+    }
+    try:
+        ours, theirs = race(sides, -(-config.rounds // 3), warm_up=0).values()
+    except ImportError:
+        print("datasketch, a library for developers, is not installed: near-copies are left out")
+        return
+    kept = [sum(first == i for i, first in enumerate(side())) for side in sides.values()]
+    print(f"kept: {kept[0]:,} of {len(texts):,}, with datasketch {kept[1]:,}")
+    yield Comparison("near-copies", ours, "datasketch", theirs, megabytes, "MB/s")
+
+
+PARTS = {"update": of_update, "tokenizer": of_tokenizer, "dedup": of_dedup}
 
 
 def bench() -> None:
