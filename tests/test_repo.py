@@ -21,10 +21,20 @@ from train import Train
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 LADDER = [  # a file imports from rungs below its own, or from an earlier place on it
-    ["run", "kernels", "pieces", "processes", "tokenizer_files", "objectives", "optim", "tasks"],
+    [
+        "run",
+        "kernels",
+        "pieces",
+        "processes",
+        "tokenizer_files",
+        "sentencepiece_files",
+        "objectives",
+        "optim",
+        "tasks",
+    ],
     ["merges"],
     ["tokenizer", "attention", "model_files"],
-    ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "sentencepiece_files"],
+    ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "unigram_learning"],
     ["clean", "unigram"],
     ["data"],
     ["model"],

@@ -502,6 +502,11 @@ def test_a_word_that_is_too_long_is_unknown(length):
         assert_as_there(ours, in_hugging_face(ours), "b " + "a" * length + ".")
 
 
+def test_the_longest_word_may_end_in_a_piece_of_nearly_its_length():
+    ours = WordPiece(["a", "##bbb"], {"[UNK]": 2}, longest_word=4)
+    assert ours.encode("abbb") == [0, 1]
+
+
 def test_of_an_unknown_word_all_is_unknown():
     ours, unknown = few(Normalizer()), SPECIALS.index("[UNK]")
     assert ours.encode("abab.ababx") == [ours._ids["abab"], ours._ids["."], unknown]
