@@ -502,6 +502,12 @@ def test_a_word_that_is_too_long_is_unknown(length):
         assert_as_there(ours, in_hugging_face(ours), "b " + "a" * length + ".")
 
 
+@pytest.mark.parametrize(("length", "learnt"), [(100, True), (101, False)])
+def test_nothing_is_learnt_from_words_that_are_unknown_for_their_length(length, learnt):
+    ours = WordPiece.train(["a" * length], 99)
+    assert (len(ours.tokens) > len([*SPECIAL, "a", "##a"])) == learnt
+
+
 def test_the_longest_word_may_end_in_a_piece_of_nearly_its_length():
     ours = WordPiece(["a", "##bbb"], {"[UNK]": 2}, longest_word=4)
     assert ours.encode("abbb") == [0, 1]
@@ -613,6 +619,7 @@ KINDS = {
     "cased": CASED,
     "few": few(Normalizer(False, False, True, False), 7, False),
     "gaps": WordPiece(["", "a", "", "##b"], {"[UNK]": 0, "[X]": 9}),
+    "unknown has another name": WordPiece(["a"], {"<unk>": 1}, unknown="<unk>"),
     "unknown is ordinary": WordPiece(["a", "[UNK]", "##b"], {}),
 }
 
