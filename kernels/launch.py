@@ -23,7 +23,7 @@ class Missing:
     def __getattr__(self, name):
         return self
 
-    __call__ = __getitem__ = lambda self, *args, **kwargs: self
+    __call__ = __getitem__ = __or__ = __ror__ = lambda self, *args, **kwargs: self
 
 
 try:
