@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from run import UserError
-from tokenizer import END_OF_TEXT
+from vocabulary import END_OF_TEXT
 
 
 class Document(NamedTuple):

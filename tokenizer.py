@@ -20,12 +20,9 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (byte
 import codecs
 import hashlib
 import json
-import os
-import re
 import sys
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -41,23 +38,23 @@ from tqdm import tqdm
 import tokenizer_files
 from merges import Tie, apply_merges, apply_merges_to_long, learn_merges
 from pieces import ASCII_PATTERNS, LAST_CUT, SPLIT_PATTERNS, splitter
-from processes import in_processes
+from processes import in_processes, sum_of
+from run import write_whole
 from tokenizer_files import Pair, to_bytes
+from vocabulary import (
+    CACHED_PIECES,
+    END_OF_TEXT,
+    LONG_PIECE,
+    Memory,
+    Tokenizer,
+    special_regex,
+)
 
-END_OF_TEXT = "<|endoftext|>"
-LONG_PIECE = 100  # characters; from here on a heap beats looking for the best pair again and again
-CACHED_PIECES = 1 << 16  # pieces whose ids are remembered: some 10 MB
 BLOCK = 1 << 14  # characters of a stream that are encoded at once
 
 CHARACTER = r"[\s\S]"  # the pattern that cuts everywhere
 
 # --- text -> pieces -------------------------------------------------------------------------------
-
-
-def special_regex(special: Iterable[str]) -> re.Pattern[str]:
-    """Finds special tokens, the longest first, so that it wins over another that it begins with."""
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
 def count_pieces(
@@ -83,37 +80,11 @@ def count_pieces(
     return sum_of(in_processes(count, texts, processes))
 
 
-def sum_of(parts: Iterable[Counter[str]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return total
-
-
 # --- the tokenizer --------------------------------------------------------------------------------
 
 
-class Memory(dict):
-    """piece -> ids, made when first asked for; what was not asked for long is forgotten.
-
-    Tuples, for Python's garbage collector soon knows that it need not look into them again.
-    """
-
-    def __init__(self, make: Callable[[str], list[int]], room: int):
-        self.make, self.half, self.old = make, room // 2, {}
-
-    def __missing__(self, piece: str) -> tuple[int, ...]:
-        ids = self.old.get(piece) or tuple(self.make(piece))
-        if len(piece) < LONG_PIECE:
-            if len(self) >= self.half:
-                self.old = self.copy()
-                self.clear()
-            self[piece] = ids
-        return ids
-
-
 @dataclass
-class BPE:
+class BPE(Tokenizer):
     """A byte-level BPE vocabulary; everything else is derived from these four fields.
 
     Ids come in any order: bytes need not be first, nor merges by rank; a few may be unused.
@@ -215,13 +186,6 @@ class BPE:
         """One more than the largest id."""
         return max(self._bytes) + 1
 
-    @property
-    def end_of_text(self) -> int:
-        """The id that stands between documents."""
-        if END_OF_TEXT not in self.special:
-            raise ValueError(f"this tokenizer has no {END_OF_TEXT}: list it among the special ones")
-        return self.special[END_OF_TEXT]
-
     @cached_property
     def fingerprint(self) -> str:
         """Differs where anything differs: a key for whatever is cached with these ids."""
@@ -234,14 +198,8 @@ class BPE:
         "text": its letters, like any others, so that no user can forge one · "ids": its id, the
         longest where several begin · "refuse": ValueError. A lone surrogate is a ValueError, too.
         """
-        if special not in ("text", "ids", "refuse"):
-            raise ValueError(f'special must be "text", "ids" or "refuse", not {special!r}')
-        parts = [text] if special == "text" else self._special.split(text)
-        if special == "refuse" and len(parts) > 1:
-            what = f"the text contains the special token {parts[1]!r}"
-            raise ValueError(f'{what}: remove it, or choose special="text" or special="ids"')
         ids: list[int] = []
-        for at, part in enumerate(parts):  # ordinary and special in turn
+        for at, part in enumerate(self._parts(text, special)):  # ordinary and special in turn
             if at % 2:
                 ids.append(self.special[part])
             else:
@@ -259,17 +217,6 @@ class BPE:
             start, end = end, end + len(self._bytes[id])
             found.append((character[start], character[end - 1] + 1))
         return found
-
-    def encode_batch(
-        self, texts: Iterable[str], special: str = "text", processes: int = 0
-    ) -> Iterator[list[int]]:
-        """`encode` of each text, in order, in several processes (0: one for each core)."""
-
-        def encode(texts: list[str]) -> list[array]:  # one is a block of memory: sent as it is
-            return [array("I", self.encode(text, special)) for text in texts]
-
-        for group in in_processes(encode, texts, processes):
-            yield from (ids.tolist() for ids in group)
 
     def encode_iterable(self, texts: Iterable[str], special: str = "text") -> Iterator[int]:
         """The ids of the texts joined, while they come in: a stream may be larger than memory.
@@ -364,12 +311,12 @@ class BPE:
         if merges is None:
             merges = [pair for pair, _ in sorted(self._splits(), key=lambda split: split[::-1])]
         file = tokenizer_files.to_json(self.tokens, merges, self.special, self.pattern)
-        write_whole(path, json.dumps(file, ensure_ascii=False).encode())
+        write_whole(Path(path), json.dumps(file, ensure_ascii=False).encode())
 
     def save_ranks(self, path: str | Path) -> None:
         """Write a rank file for tiktoken, which holds neither the pattern nor special tokens."""
         self._check_ranks()
-        write_whole(path, tokenizer_files.to_ranks(self.tokens))
+        write_whole(Path(path), tokenizer_files.to_ranks(self.tokens))
 
     @classmethod
     def load(
@@ -416,16 +363,6 @@ class BPE:
         """No merges: every byte is a token."""
         special = list(special)
         return cls.train([], 256 + len(set(special)), special=special)
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- the idea, shown ------------------------------------------------------------------------------

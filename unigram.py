@@ -37,7 +37,8 @@ from typing import Self
 
 from tqdm import tqdm
 
-from processes import in_processes
+from processes import in_processes, sum_of
+from run import write_whole
 from sentencepiece_files import (
     MODEL_TYPES,
     NORMALIZERS,
@@ -52,8 +53,8 @@ from sentencepiece_files import (
     read_model,
     write_model,
 )
-from tokenizer import CACHED_PIECES, END_OF_TEXT, Memory, special_regex, sum_of, write_whole
 from unigram_learning import END, UNKNOWN_PENALTY, learn, required_characters
+from vocabulary import CACHED_PIECES, END_OF_TEXT, Memory, Tokenizer, special_regex
 
 WORDS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 SPLIT = re.compile(f"{SPACE}?[^{SPACE}{END}]+|{SPACE}")  # as SentencePiece does it in training
@@ -202,7 +203,7 @@ def join_pairs(
 
 
 @dataclass
-class SentencePiece:
+class SentencePiece(Tokenizer):
     """What both kinds of .model files share: all but how words are cut into pieces."""
 
     pieces: list[Piece]  # by id
@@ -253,10 +254,8 @@ class SentencePiece:
     @property
     def end_of_text(self) -> int:
         """The id that stands between documents: END_OF_TEXT, or what the file calls its end."""
-        for text in (END_OF_TEXT, self.trainer.eos_piece):
-            if text in self.special:
-                return self.special[text]
-        raise ValueError(f"this tokenizer has no {END_OF_TEXT}: list it among the special ones")
+        ends = self.trainer.eos_piece if END_OF_TEXT not in self.special else END_OF_TEXT
+        return self.special[ends] if ends in self.special else super().end_of_text
 
     @cached_property
     def fingerprint(self) -> str:
@@ -297,16 +296,6 @@ class SentencePiece:
         if run is not None:
             yield self._unknown, run, at
 
-    def _parts(self, text: str, special: str) -> list[str]:
-        """Ordinary text and special tokens in turn."""
-        if special not in ("text", "ids", "refuse"):
-            raise ValueError(f'special must be "text", "ids" or "refuse", not {special!r}')
-        parts = [text] if special == "text" else self._special.split(text)
-        if special == "refuse" and len(parts) > 1:
-            what = f"the text contains the special token {parts[1]!r}"
-            raise ValueError(f'{what}: remove it, or choose special="text" or special="ids"')
-        return parts
-
     def encode(self, text: str, special: str = "text") -> list[int]:
         """text -> ids. What a special token inside the text means is for the caller to say.
 
@@ -323,17 +312,6 @@ class SentencePiece:
             cut = self._cut(normal)
             ids += [id for id, *_ in self._placed(cut, normal)] if self._unknown in cut else cut
         return ids
-
-    def encode_batch(
-        self, texts: Iterable[str], special: str = "text", processes: int = 0
-    ) -> Iterator[list[int]]:
-        """`encode` of each text, in order, in several processes (0: one for each core)."""
-
-        def encode(texts: list[str]) -> list[array]:  # one is a block of memory: sent as it is
-            return [array("I", self.encode(text, special)) for text in texts]
-
-        for group in in_processes(encode, texts, processes):
-            yield from (ids.tolist() for ids in group)
 
     def spans(self, text: str, special: str = "text") -> list[tuple[int, int]]:
         """Of each id of `encode` where its part of the text begins and ends, in characters.
@@ -389,7 +367,7 @@ class SentencePiece:
         """Write a .model file that sentencepiece reads, whole or not at all."""
         kind = {name: number for number, name in MODEL_TYPES.items()}[MODEL_OF[type(self)]]
         trainer = replace(self.trainer, model_type=kind)
-        write_whole(path, write_model(Model(self.pieces, trainer, self.normalizer)))
+        write_whole(Path(path), write_model(Model(self.pieces, trainer, self.normalizer)))
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePiece":

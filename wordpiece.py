@@ -38,11 +38,11 @@ from unicodedata import normalize as unicode_form
 import numpy as np
 from tqdm import tqdm
 
-import tokenizer
 from merges import seams
-from processes import in_processes
-from tokenizer import CACHED_PIECES, END_OF_TEXT, Memory, special_regex
+from processes import in_processes, sum_of
+from run import write_whole
 from tokenizer_files import read_special
+from vocabulary import CACHED_PIECES, END_OF_TEXT, Memory, Tokenizer, special_regex
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", END_OF_TEXT)
 INSIDE = "##"  # before a piece that does not begin a word
@@ -156,7 +156,7 @@ def count_words(
                 chunks.update(CHUNKS.findall(part))
         return weighed((words.of(chunk), times) for chunk, times in chunks.items())
 
-    return tokenizer.sum_of(in_processes(count_group, texts, processes))
+    return sum_of(in_processes(count_group, texts, processes))
 
 
 def weighed(groups: Iterable[tuple[Iterable[Any], int]]) -> Counter[Any]:
@@ -199,7 +199,7 @@ def learn_pieces(
     new piece. The definition, which counts everything each time, is in tests/test_wordpiece.py;
     here only the words that hold the pair are touched.
 
-    A word is a string whose characters are ids, as in tokenizer.learn_merges. All pairs are scored
+    A word is a string whose characters are ids, as in merges.learn_merges. All pairs are scored
     at once, in arrays with a place for each. There is no heap: a merge makes its two parts rarer,
     so that scores rise as well as fall. The count of a pair can only fall (one that gains holds the
     new piece), so a pair that is too rare when it comes up gets no place.
@@ -341,7 +341,7 @@ TIDY = {  # what Hugging Face's decoder writes instead, in each token with the b
 
 
 @dataclass
-class WordPiece:
+class WordPiece(Tokenizer):
     """A WordPiece vocabulary; everything else is derived from these six fields."""
 
     tokens: list[str]  # id -> its piece; "" where the id belongs to a special token or to none
@@ -466,17 +466,6 @@ class WordPiece:
             start += len(part)
         return spans
 
-    def _parts(self, text: str, special: str) -> list[str]:
-        """What stands between special tokens, and these, in turn."""
-        if special not in ("text", "ids", "refuse"):
-            raise ValueError(f'special must be "text", "ids" or "refuse", not {special!r}')
-        text.encode()  # a lone surrogate is a ValueError here, with its position
-        parts = [text] if special == "text" else self._special.split(text)
-        if special == "refuse" and len(parts) > 1:
-            what = f"the text contains the special token {parts[1]!r}"
-            raise ValueError(f'{what}: remove it, or choose special="text" or special="ids"')
-        return parts
-
     def _encode_word(self, word: str) -> list[int]:
         ids = match(word, self._trie) if len(word) <= self.longest_word else None
         return [self._unknown] if ids is None else ids
@@ -497,13 +486,13 @@ class WordPiece:
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face tokenizer.json, whole or not at all."""
-        tokenizer.write_whole(path, json.dumps(to_json(self), ensure_ascii=False).encode())
+        write_whole(Path(path), json.dumps(to_json(self), ensure_ascii=False).encode())
 
     def save_vocab(self, path: str | Path) -> None:
         """Write BERT's vocab.txt, a token a line, which holds neither the normalizer nor more."""
         tokens = [self._tokens.get(id, "") for id in range(self.vocab_size)]
         check_lines(tokens)
-        tokenizer.write_whole(path, "".join(token + "\n" for token in tokens).encode())
+        write_whole(Path(path), "".join(token + "\n" for token in tokens).encode())
 
     @classmethod
     def load(cls, path: str | Path, normalizer: Normalizer = Normalizer()) -> Self:

@@ -1,6 +1,7 @@
 """What several test files draw from and compare with."""
 
 import mmap
+import random
 import resource
 import signal
 from contextlib import contextmanager
@@ -160,3 +161,24 @@ def limited(memory: int, seconds: int):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def assert_one_sentence(error: Exception, path: Path, end: str) -> None:
+    """What a file that cannot be loaded is answered with."""
+    sentence = str(error)
+    assert sentence.startswith(str(path)) and "\n" not in sentence and len(sentence) < 500
+    assert sentence.endswith(end)
+
+
+def mutated_text(content: bytes, draw: random.Random) -> bytes:
+    """Cut off, and with a few bytes changed, mostly at the beginning, where the structure is."""
+    content = bytearray(content)
+    if draw.random() < 0.3:
+        del content[draw.randrange(len(content)) :]
+    for _ in range(draw.randrange(1, 4)):
+        place = draw.choice((400, 900, len(content))) - 1
+        if place > 0:
+            content[draw.randrange(min(place, len(content)))] = draw.choice(
+                b'"[]{},:0129aeln\\ =#\n\r\xff'
+            )
+    return bytes(content)

@@ -32,7 +32,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "optim",
         "tasks",
     ],
-    ["merges"],
+    ["merges", "vocabulary"],
     ["tokenizer", "attention", "model_files"],
     ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "unigram_learning"],
     ["clean", "unigram"],

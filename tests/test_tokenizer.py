@@ -22,7 +22,7 @@ import regex
 import tiktoken
 import tokenizers
 from conftest import ROOT
-from helpers import limited
+from helpers import assert_one_sentence, limited, mutated_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -45,6 +45,7 @@ from tokenizer import BPE, END_OF_TEXT, count_pieces, splitter
 from tokenizer_files import to_chars
 
 # tiktoken 0.14's own cl100k_base: the oracle of SPLIT_PATTERNS["gpt4"]
+AGAIN = "write this one again with BPE.save"
 TIKTOKEN_CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -736,7 +737,7 @@ def test_other_broken_files_are_refused_with_one_sentence(name, tmp_path):
     (tmp_path / which).write_bytes(content)
     with pytest.raises(ValueError, match=problem) as error:
         BPE.load(tmp_path / which)
-    assert_one_sentence(error.value, tmp_path / which)
+    assert_one_sentence(error.value, tmp_path / which, AGAIN)
 
 
 def test_a_folder_without_a_tokenizer_and_a_missing_partner_are_told(tmp_path):
@@ -942,12 +943,6 @@ BROKEN = {
 }
 
 
-def assert_one_sentence(error: Exception, path: Path) -> None:
-    sentence = str(error)
-    assert sentence.startswith(str(path)) and "\n" not in sentence and len(sentence) < 500
-    assert sentence.endswith("write this one again with BPE.save")
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_refused_with_one_sentence(name, saved, tmp_path):
     breaks, problem = BROKEN[name]
@@ -956,7 +951,7 @@ def test_a_broken_file_is_refused_with_one_sentence(name, saved, tmp_path):
     path.write_text(json.dumps(file))
     with pytest.raises(ValueError, match=problem) as error:
         BPE.load(path)
-    assert_one_sentence(error.value, path)
+    assert_one_sentence(error.value, path, AGAIN)
 
 
 @pytest.mark.parametrize(
@@ -967,21 +962,7 @@ def test_a_file_of_something_else_is_refused(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         BPE.load(path)
-    assert_one_sentence(error.value, path)
-
-
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Cut off, and with a few bytes changed, mostly at the beginning, where the structure is."""
-    content = bytearray(content)
-    if draw.random() < 0.3:
-        del content[draw.randrange(len(content)) :]
-    for _ in range(draw.randrange(1, 4)):
-        place = draw.choice((400, len(content))) - 1
-        if place > 0:
-            content[draw.randrange(min(place, len(content)))] = draw.choice(
-                b'"[]{},:0129aeln\\ =\n\xff'
-            )
-    return bytes(content)
+    assert_one_sentence(error.value, path, AGAIN)
 
 
 @pytest.fixture(scope="module")
@@ -998,11 +979,11 @@ def loaded_or_refused(folder: Path, seed: int) -> bool:
     draw = random.Random(seed)
     path = draw.choice(sorted(folder.iterdir()))
     content = path.read_bytes()
-    path.write_bytes(mutated(content, draw))
+    path.write_bytes(mutated_text(content, draw))
     try:
         bpe = BPE.load(path)
     except ValueError as error:
-        assert_one_sentence(error, path)
+        assert_one_sentence(error, path, AGAIN)
         return False
     finally:
         path.write_bytes(content)

@@ -15,7 +15,7 @@ from unicodedata import normalize as unicode_form
 
 import pytest
 import tokenizers
-from helpers import limited, seeds
+from helpers import assert_one_sentence, limited, mutated_text, seeds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -44,6 +44,7 @@ from wordpiece import (
 )
 
 MANUAL, UNSEEN = list(topics.values())[:30], list(topics.values())[30:33]
+AGAIN = "write this one again with WordPiece.save"
 MARKS = "\u0301\u0327\u302e\u302f\U0001d165\u0345"  # NFD sorts them; not all are accents
 TRICKY = (
     "aBéÉİΣςßſÅ각中々カが\U0002b820ﷺ1²$_.,?!'#-«\0\ufffd\x07\x1c\x85\xa0\u200b\u2028\u3000 \t\n\r"
@@ -717,12 +718,6 @@ VOCABULARIES = {
 }
 
 
-def assert_one_sentence(error: Exception, path: Path) -> None:
-    sentence = str(error)
-    assert sentence.startswith(str(path)) and "\n" not in sentence and len(sentence) < 500
-    assert sentence.endswith("write this one again with WordPiece.save")
-
-
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_a_broken_vocabulary_is_refused_with_one_sentence(name, tmp_path):
     content, problem = VOCABULARIES[name]
@@ -730,7 +725,7 @@ def test_a_broken_vocabulary_is_refused_with_one_sentence(name, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=problem) as error:
         WordPiece.load(path)
-    assert_one_sentence(error.value, path)
+    assert_one_sentence(error.value, path, AGAIN)
 
 
 def edit(path: str, value):
@@ -809,7 +804,7 @@ def test_a_broken_file_is_refused_with_one_sentence(name, tmp_path):
     path.write_text(json.dumps(file))
     with pytest.raises(ValueError, match=problem) as error:
         WordPiece.load(path)
-    assert_one_sentence(error.value, path)
+    assert_one_sentence(error.value, path, AGAIN)
 
 
 @pytest.mark.parametrize(
@@ -827,20 +822,6 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path):
         WordPiece.load(tmp_path)
 
 
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Cut off, and with a few bytes changed, mostly where the structure is."""
-    content = bytearray(content)
-    if draw.random() < 0.3:
-        del content[draw.randrange(len(content)) :]
-    for _ in range(draw.randrange(1, 4)):
-        place = draw.choice((900, len(content))) - 1
-        if place > 0:
-            content[draw.randrange(min(place, len(content)))] = draw.choice(
-                b'"[]{},:0129aeln\\ =\n\r#\xff'
-            )
-    return bytes(content)
-
-
 @pytest.fixture(scope="module")
 def formats(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
@@ -853,11 +834,11 @@ def loaded_or_refused(folder: Path, seed: int) -> bool:
     draw = random.Random(seed)
     path = draw.choice(sorted(folder.iterdir()))
     content = path.read_bytes()
-    path.write_bytes(mutated(content, draw))
+    path.write_bytes(mutated_text(content, draw))
     try:
         ours = WordPiece.load(path)
     except ValueError as error:
-        assert_one_sentence(error, path)
+        assert_one_sentence(error, path, AGAIN)
         return False
     finally:
         path.write_bytes(content)
