@@ -33,6 +33,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bpe import BPE
 from dedup import Forest, Likeness, clusters, jaccard, words_of
 from documents import prose
 from model import (
@@ -48,7 +49,7 @@ from optim import OPTIMIZERS, OptimConfig
 from pieces import SPLIT_PATTERNS
 from run import UserError, generator, main
 from step import machine, matmul_peak, pick_device, to, update
-from tokenizer import BPE, END_OF_TEXT
+from vocabulary import END_OF_TEXT
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -39,13 +40,15 @@ import documents
 import packing
 import quality
 import redact
+from bpe import BPE
 from clean import Item, Step, Store, Texts, gather
 from dedup import SPLIT, clusters, first_copies, shared_spans, split_by_cluster, text_hashes
 from documents import Document, Problem, files_of, python_files, read
 from objectives import IGNORE
 from packing import Mixture, Part, Shards, ShardWriter
-from run import RUNS, UserError, main, read_json, write_json
-from tokenizer import BPE
+from run import RUNS, UserError, main, read_sealed, write_sealed
+from tokenizer import KINDS, load
+from vocabulary import Tokenizer
 
 # What these do decides what the token files hold.
 MADE_BY = (clean, dedup, documents, packing, quality, redact)
@@ -67,6 +70,9 @@ class DataConfig:
         "auto"  # steps before training, with rules for documentation or web pages; auto: docs for
         # Python's own prose, none for text of yours
     )
+    packing: Literal["best_fit", "plain"] = (
+        "best_fit"  # whole documents in a row where they fit, or one behind another, cut anywhere
+    )
     held_out: float = 0.05  # share of the documents never trained on (one document: its last tenth)
 
     def __post_init__(self):
@@ -83,14 +89,14 @@ class DataConfig:
 class TokenizerConfig:
     """How text is cut."""
 
-    kind: Literal["bpe", "characters", "bytes"] = (
-        "bpe"  # merges or characters learnt from the training documents, or plain bytes
+    kind: Literal["bpe", "wordpiece", "unigram", "characters", "bytes"] = (
+        "bpe"  # what is learnt from the training documents, or plain bytes; wordpiece loses case
     )
-    vocab_size: int = 2048  # tokens of the first two: 256 bytes, what is learnt, the end of text
-    pattern: Literal["gpt4", "gpt2"] = "gpt4"  # how text is split before merging
+    vocab_size: int = 2048  # tokens of all but bytes: those that are fixed, and what is learnt
+    pattern: Literal["gpt4", "gpt2"] = "gpt4"  # how bpe splits text before merging
 
     def __post_init__(self):
-        if self.vocab_size < 257:
+        if self.vocab_size < 257 and self.kind not in ("wordpiece", "unigram"):
             raise UserError(
                 f"--tokenizer.vocab-size {self.vocab_size} is too small: 256 bytes and the end of "
                 "text need 257"
@@ -215,7 +221,7 @@ def split(items: Iterable[Item], held: np.ndarray) -> Iterator[tuple[Item, bool]
 class Corpus:
     """Everything training needs of a corpus."""
 
-    tokenizer: BPE
+    tokenizer: Tokenizer
     train: Shards
     held: Shards
     meta: dict = field(repr=False)
@@ -227,7 +233,10 @@ class Corpus:
 
 
 def prepare(
-    config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None = None, cache: Path = CACHE
+    config: DataConfig,
+    cutting: TokenizerConfig,
+    tokenizer: Tokenizer | None = None,
+    cache: Path = CACHE,
 ) -> Corpus:
     """The corpus as tokens, made now or found from before; a tokenizer is trained unless given."""
     marks = identity(config)
@@ -241,11 +250,14 @@ def prepare(
     if not (folder / "meta.json").is_file():
         make(folder, lambda out: tokenize(config, cutting, tokenizer, out))
     try:
-        tokenizer = BPE.load(folder / "tokenizer.json")
-        train, held = Shards(folder, "train"), Shards(folder, "held")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        tokenizer, meta = load(folder), read_sealed(folder / "meta.json")
+        if tokenizer.fingerprint != meta["tokenizer"]:
+            raise ValueError("the tokenizer is not what was written")
+        dtype = {"dtype": meta["dtype"]}
+        train, held = (Shards(folder, name, meta[name] | dtype) for name in ("train", "held"))
+    except (OSError, ValueError, LookupError, TypeError, UserError) as error:
         raise UserError(f"the token files in {folder} are damaged, delete them: {error}") from None
-    return Corpus(tokenizer, train, held, read_json(folder / "meta.json"))
+    return Corpus(tokenizer, train, held, meta)
 
 
 def make(folder: Path, write: Callable[[Path], None]) -> None:
@@ -272,11 +284,11 @@ def identity(config: DataConfig) -> list:
         found += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         found += [] if source.path else [sys.version]
     made_by = [hashlib.blake2b(Path(m.__file__).read_bytes()).hexdigest() for m in MADE_BY]
-    return [asdict(config), found, made_by]
+    return [asdict(config) | {"packing": ""}, found, made_by]
 
 
 def tokenize(
-    config: DataConfig, cutting: TokenizerConfig, tokenizer: BPE | None, out: Path
+    config: DataConfig, cutting: TokenizerConfig, tokenizer: Tokenizer | None, out: Path
 ) -> None:
     """Read, clean, divide, train the tokenizer on one side, write tokens and a description."""
     with TemporaryDirectory(dir=out.parent) as scratch:
@@ -295,10 +307,15 @@ def tokenize(
             texts = (item.document.text for item, is_out in split(store, held) if not is_out)
             tokenizer = make_tokenizer(texts, cutting)
         meta = write_tokens(split(store, held), len(held), tokenizer, out)
-    tokenizer.save(out / "tokenizer.json")
+    tokenizer.save(out / tokenizer.file_name)
+    tokenizer = load(out)  # as it will be known
     parts = parts_of(config, meta.pop("sources"))
     steps = [asdict(step) for step in (read_step, *clean_steps, *last_step)]
-    write_json(out / "meta.json", {"source": named(config), "parts": parts, "steps": steps, **meta})
+    write_sealed(
+        out / "meta.json",
+        {"source": named(config), "tokenizer": tokenizer.fingerprint, "parts": parts}
+        | {"steps": steps, **meta},
+    )
 
 
 def named(config: DataConfig) -> str:
@@ -319,12 +336,13 @@ def check(config: DataConfig, store: Store, *steps: Step) -> None:
 
 
 def write_tokens(
-    parts: Iterable[tuple[Item, bool]], count: int, tokenizer: BPE, out: Path
+    parts: Iterable[tuple[Item, bool]], count: int, tokenizer: Tokenizer, out: Path
 ) -> dict[str, Any]:
     """The shards of both sides; what they hold, also by source, and what lzma makes of one."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writers = [ShardWriter(out, name, dtype, tokenizer.end_of_text) for name in ("train", "held")]
-    press, squeezed, fast = lzma.LZMACompressor(), 0, tokenizer.to_tiktoken()
+    fast = tokenizer.to_tiktoken() if isinstance(tokenizer, BPE) else None
+    press, squeezed = lzma.LZMACompressor(), 0
     sources: dict[int, list[int]] = {}  # documents and tokens trained on
     parts = iter(tqdm(parts, "tokens", count, leave=False, disable=None, unit="doc"))
     while batch := list(islice(parts, 512)):
@@ -357,20 +375,28 @@ def parts_of(config: DataConfig, found: dict[int, list[int]]) -> list[dict[str, 
     return parts
 
 
-def encode(tokenizer: BPE, fast: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
+def encode(
+    tokenizer: Tokenizer, fast: tiktoken.Encoding | None, texts: list[str]
+) -> list[list[int]]:
     """Ids of texts, in which nothing is special; tiktoken gives up on a million blanks in a row."""
+    if fast:
+        with suppress(ValueError):
+            return fast.encode_batch(texts, num_threads=2, disallowed_special=())
+    return [*tokenizer.encode_batch(texts)]
+
+
+def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     try:
-        return fast.encode_batch(texts, num_threads=2, disallowed_special=())
-    except ValueError:
-        return [*tokenizer.encode_batch(texts)]
-
-
-def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> BPE:
-    if config.kind == "bytes":
-        return BPE.bytes()
-    if config.kind == "characters":
-        return BPE.characters(texts, config.vocab_size)
-    return BPE.train(texts, config.vocab_size, config.pattern, progress=True)
+        match config.kind:
+            case "bytes":
+                return BPE.bytes()
+            case "characters":
+                return BPE.characters(texts, config.vocab_size)
+            case "bpe":
+                return BPE.train(texts, config.vocab_size, config.pattern, progress=True)
+        return KINDS[config.kind].train(texts, config.vocab_size, progress=True)
+    except ValueError as error:
+        raise UserError(f"--tokenizer.vocab-size does not suit this text: {error}") from None
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -400,7 +426,7 @@ def show() -> None:
     for i in range(0, len(corpus.held), max(1, len(corpus.held) // 3)):
         text = tokenizer.decode(corpus.held.document(i)[1:61].tolist())
         print(f"\n  held out, document {i}: {' '.join(text.split())} …")
-    show_rows(corpus, config.context)
+    show_rows(corpus, config.context, config.data.packing)
     print(f"\npicture: {draw_funnel(steps, corpus.train.folder / 'funnel.png')}")
 
 
@@ -443,9 +469,9 @@ def draw_funnel(steps: list[Step], path: Path) -> Path:
     return path
 
 
-def show_rows(corpus: Corpus, context: int) -> None:
+def show_rows(corpus: Corpus, context: int, packing: str) -> None:
     """How rows are packed: six of them, and how full an epoch is."""
-    mixture = Mixture(corpus.train, context, corpus.tokenizer.end_of_text, 0, corpus.parts)
+    mixture = Mixture(corpus.train, context, corpus.tokenizer.end_of_text, 0, corpus.parts, packing)
     rows = mixture.take(6)
     print(f"\nsix rows of {context} tokens; a letter is a document, a dot is padding:")
     for starts, nexts in zip(rows.starts.tolist(), rows.nexts.tolist(), strict=True):

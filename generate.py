@@ -21,8 +21,10 @@ Letters: B samples at once · T new tokens · S tokens in the cache · V vocabul
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
@@ -36,8 +38,9 @@ from attention import KeyValue, Mask
 from model import NORMS, PRESETS, ModelConfig, Transformer, assembled, count_parameters, fill
 from model_files import Weights, begin_and_ends
 from run import RUNS, Run, UserError, generator, main, read_json, settings
-from step import pick_device, pick_dtype
-from tokenizer import BPE, END_OF_TEXT
+from step import check_memory, pick_device, pick_dtype
+from tokenizer import load as read_tokenizer
+from vocabulary import END_OF_TEXT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class Sampling:
     greedy: bool = False  # always the likeliest
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise UserError(f"--temperature {self.temperature} must be above 0 (or use --greedy)")
+        if not 1e-6 <= self.temperature <= 1e6:
+            raise UserError(
+                f"--temperature {self.temperature} must lie between 1e-6 and 1e6 (or use --greedy)"
+            )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError("--top-k must be 0 or more, and --top-p above 0 and at most 1")
 
@@ -122,6 +127,7 @@ class Cache:
     def __init__(self, model: Transformer, B: int, capacity: int):
         config, like = model.config, model.embedding
         shape = (config.layers, 2, B, config.kv_heads_or_heads, capacity, config.head_dim)
+        check_memory(prod(shape) * like.element_size(), like.device)
         self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.whole = like.is_cuda
 
@@ -269,10 +275,10 @@ def load_weights(model: Transformer, path: Path) -> None:
     fill(model, Weights([path]))
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> BPE:
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """UserError if it is damaged, or has ids that a model of vocab_size tokens does not know."""
     try:
-        tokenizer = BPE.load(path)
+        tokenizer = read_tokenizer(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from None
     if tokenizer.vocab_size > vocab_size:
@@ -287,7 +293,7 @@ class Writer(NamedTuple):
     """A model, and how texts become ids that it knows."""
 
     model: Transformer
-    tokenizer: BPE
+    tokenizer: Tokenizer
     begin: list[int]  # what stands before every text
     stop: set[int]  # what ends one
 
@@ -296,11 +302,14 @@ def load(run: Run, device: torch.device) -> Writer:
     """A run's newest whole checkpoint, and the tokenizer that it was trained with."""
     where = f"{run.folder}/config.json"
     config = settings(ModelConfig, run.config().get("model"), where, "model.")
-    path, newest = run.folder / "tokenizer.json", run.newest()
-    tokenizer = load_tokenizer(path, config.vocab_size)
-    trained = read_json(newest / "train_state.json").get("text")
-    if not str(trained).startswith(f"{tokenizer.fingerprint}-"):
-        raise UserError(f"{path} is not the tokenizer that {run.folder} was trained with")
+    newest = run.newest()
+    tokenizer = load_tokenizer(run.folder, config.vocab_size)
+    trained = read_json(newest / "train_state.json")
+    if not str(trained.get("text")).startswith(f"{tokenizer.fingerprint}-"):
+        raise UserError(f"the tokenizer in {run.folder} is not the one that it was trained with")
+    shape = trained.get("settings", {}).get("model", asdict(config))
+    if settings(ModelConfig, shape, f"{newest}/train_state.json", "model.") != config:
+        raise UserError(f"the model of {where} is not the one that {newest} was trained with")
     model = assembled(config, Weights([newest / "model.safetensors"]))
     end = tokenizer.end_of_text
     return Writer(model.to(device).eval(), tokenizer, [end], {end})
@@ -314,13 +323,8 @@ def load_folder(folder: Path, device: torch.device) -> Writer:
     model = Transformer.load(folder)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     end = {id for text, id in tokenizer.special.items() if text == END_OF_TEXT}
-    begin, stop = (ids & known_ids(tokenizer) or end for ids in begin_and_ends(folder))
+    begin, stop = (ids & tokenizer.known_ids or end for ids in begin_and_ends(folder))
     return Writer(model.to(device).eval(), tokenizer, sorted(begin), stop)
-
-
-def known_ids(tokenizer: BPE) -> set[int]:
-    """The ids that stand for a text: a vocabulary may have gaps, an embedding more rows."""
-    return {*tokenizer.special.values(), *(i for i, token in enumerate(tokenizer.tokens) if token)}
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> None:
@@ -332,6 +336,9 @@ def cast(model: Transformer, dtype: torch.dtype) -> None:
 
 
 # --- the script -----------------------------------------------------------------------------------
+
+
+MOST = 1 << 20  # samples or tokens
 
 
 @dataclass(frozen=True)
@@ -353,46 +360,63 @@ class Generate(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.samples < 1 or self.tokens < 1:
-            raise UserError("--samples and --tokens must be at least 1")
+        if min(self.samples, self.tokens) < 1 or max(self.samples, self.tokens) > MOST:
+            raise UserError(f"--samples and --tokens must be at least 1, at most {MOST:,}")
         if self.run and self.model:
             raise UserError("--run and --model are two models: give one of them")
 
 
-def stop_tokens(tokenizer: BPE, texts: tuple[str, ...]) -> set[int]:
+def encoded(tokenizer: Tokenizer, flag: str, text: str, special: str = "text") -> list[int]:
+    try:
+        return tokenizer.encode(text, special)
+    except ValueError as error:
+        raise UserError(f"{flag} cannot become tokens: {error}") from None
+
+
+def stop_tokens(tokenizer: Tokenizer, texts: tuple[str, ...]) -> set[int]:
     stop = set()
     for text in texts:
-        ids = tokenizer.encode(text, special="ids")
+        ids = encoded(tokenizer, "--stop", text, special="ids")
         if len(ids) != 1:
             raise UserError(f"--stop {text!r} is {len(ids)} tokens; it must be one")
         stop.update(ids)
     return stop
 
 
+def continued(tokenizer: Tokenizer, prompt: list[int], ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids behind a prompt: there a piece may go on with a word, or begin with a blank.
+
+    Of what is decoded the prompt goes, in whose place stands what its user wrote.
+    """
+    known = len(tokenizer.decode(prompt))
+    for text in tokenizer.decode_stream(chain(prompt, ids)):
+        yield text[known:]
+        known = max(0, known - len(text))
+
+
 def write(writer: Writer, config: Generate) -> None:
     """Print the samples: a single one while it is written, several when all are."""
     model, tokenizer, begin, stop = writer
-    try:
-        start = [*begin, *tokenizer.encode(config.prompt)]
-    except ValueError as error:
-        raise UserError(f"--prompt is not text that can be written as UTF-8: {error}") from None
+    prompt = encoded(tokenizer, "--prompt", config.prompt)
+    start = [*begin, *prompt]
     if not start:
         raise UserError("--prompt must not be empty: this model has no token that begins a text")
     stop = stop | stop_tokens(tokenizer, config.stop)
-    never = sorted(set(range(model.config.vocab_size)) - known_ids(tokenizer))
+    never = sorted({*range(model.config.vocab_size)} - tokenizer.known_ids)  # rows of no token
     prompts = [start] * config.samples
     steps = generate(model, prompts, config.tokens, config, stop, config.seed, never)
     if config.samples == 1:
         ids = (token for (token,) in steps if token is not None and token not in stop)
         print(config.prompt, end="", flush=True)
-        for text in tokenizer.decode_stream(ids):
+        for text in continued(tokenizer, prompt, ids):
             print(text, end="", flush=True)
         print()
         return
     steps = list(tqdm(steps, "writing", config.tokens, leave=False, disable=None))
     for number, column in enumerate(zip(*steps, strict=True), 1):
         ids = [token for token in column if token is not None and token not in stop]
-        print(f"--- {number} ---\n{config.prompt}{tokenizer.decode(ids)}\n")
+        text = "".join(continued(tokenizer, prompt, ids))
+        print(f"--- {number} ---\n{config.prompt}{text}\n")
 
 
 ROUNDS, PROMPT = 5, 32

@@ -22,7 +22,7 @@ Letters: B batch · T tokens · C model width · F feed-forward width · V vocab
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import gcd, inf
 from pathlib import Path
 from reprlib import repr as short
@@ -355,6 +355,15 @@ def fill(model: Transformer, weights: Weights) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def parameters_of(config: ModelConfig) -> int:
+    """How many weights a model would have, without one; its blocks are all alike."""
+    with torch.device("meta"):
+        one, two = (
+            count_parameters(Transformer(replace(config, layers=n), seed=None)) for n in (1, 2)
+        )
+    return one + (config.layers - 1) * (two - one)
 
 
 def training_flops(model: Transformer, T: int) -> float:

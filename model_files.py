@@ -5,7 +5,7 @@ hold its tensors: a table of names, types, shapes and places, then nothing but n
 is two tables, of settings and of names; the rest is the same for all.
 
     config.json        -> settings of a ModelConfig
-    model.safetensors  -> the `Place` of each of our tensors, until `read` fetches them
+    model.safetensors  -> `Weights`: first the shapes of our tensors, then the numbers
     model.safetensors.index.json, where they stand in several files: the file of each
 
 A file may come from anywhere. Shapes are known before a number is read, so that they are compared
@@ -162,7 +162,7 @@ def taken(values: dict, key: str, kind: type, where: Path, silent: Any = None) -
 
 def check(key: str, value: object, known: Sequence, where: Path | str) -> None:
     if value not in known:
-        known = " or ".join(map(json.dumps, known))
+        known = " or ".join(dict.fromkeys(map(json.dumps, known)))
         raise UserError(f"{where}: {key} {short(value)} is not supported, only {known}")
 
 
@@ -186,9 +186,9 @@ def read_settings(hf: dict, where: Path) -> dict[str, Any]:
 
 def read_rope(hf: dict, where: Path) -> dict[str, Any]:
     """rope_parameters, or rope_theta and rope_scaling, as it was before transformers 5."""
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_scaling cannot be {short(rope)}")
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    if not isinstance(rope := hf.get(key) or {}, dict):
+        raise UserError(f"{where}: {key} cannot be {short(rope)}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     check("rope_type", kind, ["default", "linear", "llama3"], where)
     for key in rope:
@@ -298,7 +298,9 @@ class Weights:
                         out[ours] = part if meta else torch.empty(part.shape).copy_(part)
         head = out.pop("head", None) if self.tied else None
         if head is not None and not meta and not head.equal(out["embedding"]):
-            raise UserError(f"{self.files[0]}: the head is not the embedding, as config.json says")
+            raise UserError(
+                f"{self.files[0].parent}: the head is not the embedding, as config.json says"
+            )
         return out
 
 

@@ -22,8 +22,14 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import Table, adamw_triton
+from run import UserError
 
 CHUNK = 1 << 16  # weights at a time on a CPU: all five arrays of an AdamW update stay in the cache
+BELOW_1 = math.nextafter(1, 0)
+RANGES = {  # of settings: beyond them weights are no numbers any more
+    "lr": (0, 1e30), "weight_decay": (0, 1e3), "beta1": (0, BELOW_1), "beta2": (0, BELOW_1),
+    "eps": (1e-30, 1.0), "clip": (0, 1e30), "warmup": (0, 1), "final": (0, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,14 @@ class OptimConfig:
     )
     warmup: float = 0.05  # share of the steps in which the rate rises from 0
     final: float = 0.0  # last learning rate, as a share of the highest
+
+    def __post_init__(self):
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                flag = f"--optim.{name.replace('_', '-')}"
+                raise UserError(
+                    f"{flag} {getattr(self, name)} must lie between {low:g} and {high:g}"
+                )
 
 
 # --- schedules ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from objectives import IGNORE, Rows
-from run import UserError, generator, read_json
+from run import UserError, generator
 
 SHARD_TOKENS = 1 << 27  # tokens in one file
 
@@ -32,19 +32,22 @@ class Shards:
     """Documents as tokens in memory-mapped files: <|endoftext|> and the text, one after another.
 
     document(i) gives its tokens. As inputs they are asked for the next token each, the last one for
-    <|endoftext|>, so a document of n tokens is n pairs.
+    <|endoftext|>, so a document of n tokens is n pairs. ValueError if a bit is not as written.
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, meta: dict):
+        """meta: what its writer said of it on closing, and the dtype."""
         self.folder = folder
         offsets = np.fromfile(folder / f"{name}-offsets.int64", np.int64)
         self.starts, self.lengths = offsets[:-1], np.diff(offsets)
-        dtype = np.dtype(read_json(folder / "meta.json")["dtype"])
         files = sorted(folder.glob(f"{name}-*.bin"))
-        self.files = [np.memmap(path, dtype, "r") for path in files if path.stat().st_size]
-        self.borders = np.cumsum([0, *map(len, self.files)])
-        if (self.lengths < 1).any() or offsets[0] or offsets[-1] != self.borders[-1]:
-            raise ValueError(f"the lengths of the {name} documents do not fit their tokens")
+        tokens = [np.memmap(path, meta["dtype"], "r") for path in files if path.stat().st_size]
+        self.files, self.borders = tokens, np.cumsum([0, *map(len, tokens)])
+        found = hashlib.blake2b(digest_size=8)
+        for part in (*tokens, offsets):
+            found.update(part)
+        if found.hexdigest() != meta["hash"]:
+            raise ValueError(f"the tokens of {name} are not what was written")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -84,6 +87,7 @@ class ShardWriter:
         self.file.close()
         offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
         offsets.tofile(self.folder / f"{self.name}-offsets.int64")
+        self.hash.update(offsets)
         return {
             "documents": len(self.lengths),
             "tokens": sum(self.lengths),
@@ -149,6 +153,32 @@ def best_fit(pieces: list[Piece], T: int) -> list[list[Piece]]:
     return rows
 
 
+def packed(lengths: np.ndarray, T: int, rng: np.random.Generator) -> list[list[Piece]]:
+    """Rows of whole documents where they fit."""
+    pieces = cut(lengths, T, rng)
+    rng.shuffle(pieces)  # equal lengths meet in another order each epoch
+    return best_fit(pieces, T)
+
+
+def plain(lengths: np.ndarray, T: int, rng: np.random.Generator) -> list[list[Piece]]:
+    """Documents one behind another, cut every T pairs wherever that falls; no row has a gap."""
+    rows: list[list[Piece]] = [[]]
+    room = int(rng.integers(1, T + 1))  # of the first row, so that borders fall elsewhere each time
+    for i in rng.permutation(len(lengths)).tolist():
+        begin = 0
+        while left := int(lengths[i]) - begin:
+            if not room:
+                rows.append([])
+                room = T
+            length = min(left, room)
+            rows[-1].append(Piece(i, begin, length))
+            begin, room = begin + length, room - length
+    return rows
+
+
+PACKINGS = {"best_fit": packed, "plain": plain}
+
+
 def fill(rows: list[list[Piece]], shards: Shards, T: int, end_of_text: int) -> Rows:
     """The tokens of packed rows."""
     ids = np.full((len(rows), T), end_of_text, np.int64)
@@ -174,17 +204,19 @@ class Stream:
     An epoch is made from (seed, name, epoch) alone; its place in it is the number of a row.
     """
 
-    def __init__(self, lengths: np.ndarray, first: int, T: int, seed: int, name: str = "data"):
+    def __init__(
+        self, lengths: np.ndarray, first: int, T: int, seed: int, name: str = "data",
+        packing: str = "best_fit",
+    ):  # fmt: skip
         """lengths: of the documents first, first + 1, …"""
         self.lengths, self.first, self.T, self.seed, self.name = lengths, first, T, seed, name
+        self.pack = PACKINGS[packing]
         self.seek(0, 0)
 
     def seek(self, epoch: int, row: int) -> None:
         self.epoch, self.row = epoch, row
         rng = np.random.default_rng(generator(self.seed, self.name, epoch).initial_seed())
-        pieces = cut(self.lengths, self.T, rng)
-        rng.shuffle(pieces)  # equal lengths meet in another order each epoch
-        self.rows = best_fit(pieces, self.T)
+        self.rows = self.pack(self.lengths, self.T, rng)
         rng.shuffle(self.rows)
 
     def __next__(self) -> list[Piece]:
@@ -203,9 +235,10 @@ class Mixture:
     """
 
     def __init__(
-        self, shards: Shards, T: int, end_of_text: int, seed: int, parts: Sequence[Part] = ()
-    ):
-        """parts: None are all documents as they come."""
+        self, shards: Shards, T: int, end_of_text: int, seed: int, parts: Sequence[Part] = (),
+        packing: str = "best_fit",
+    ):  # fmt: skip
+        """parts: None are all documents as they come; packing: a name in PACKINGS."""
         self.shards, self.T, self.end_of_text = shards, T, end_of_text
         parts = [p for p in parts or [Part("data", 0, len(shards), 1.0)] if p.weight > 0]
         self.streams = []
@@ -216,7 +249,7 @@ class Mixture:
                     f"the training part of the {part.name} has {pairs} tokens, less than one window"
                     f" of --model.context {T}: give more text, or a smaller context"
                 )
-            self.streams.append(Stream(lengths, part.first, T, seed, part.name))
+            self.streams.append(Stream(lengths, part.first, T, seed, part.name, packing))
         total = sum(part.weight for part in parts)
         self.weights = [part.weight / total for part in parts]
         self.given = [0] * len(parts)

@@ -18,6 +18,7 @@ from reprlib import repr as short
 
 import regex
 
+PATIENCE, SLOWEST = 10, 10**5  # seconds that a pattern may take, and characters in one more
 PARAGRAPH = 256  # characters of a text that are either all ASCII or not
 
 # gpt2 stands as it was published; gpt4 cuts as tiktoken's cl100k does, in a spelling that Python's
@@ -62,7 +63,10 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
 
     def split(text: str) -> list[str]:
         text.encode()  # a lone surrogate is a ValueError here, with its position
-        pieces = everywhere.findall(text)
+        try:  # a pattern that comes with a file may be made to take for ever
+            pieces = everywhere.findall(text, timeout=PATIENCE + len(text) / SLOWEST)
+        except TimeoutError:
+            raise ValueError(f"the split pattern {short(pattern)} does not come to an end") from None
         if sum(map(len, pieces)) != len(text):
             raise ValueError(f"the split pattern {short(pattern)} leaves out parts of the text")
         return pieces

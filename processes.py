@@ -12,7 +12,7 @@ import gc
 import os
 import signal
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
@@ -81,10 +81,3 @@ def begin_work(work: Callable[[list], Result]) -> None:
 
 def do_work(group: list) -> Result:
     return the_work(group)
-
-
-def sum_of(parts: Iterable[Counter[str]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return total

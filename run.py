@@ -27,11 +27,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from reprlib import repr as short
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -56,18 +58,56 @@ class UserError(Exception):
     """Something the person at the keyboard can mend: one sentence, exit status 2, no traceback."""
 
 
+class Taken(UserError):
+    """Another process has this name, or writes to this run."""
+
+
 def main(script: Callable[[], None]) -> None:
-    """Run a script; a UserError becomes its sentence and exit status 2, Ctrl-C exit status 130."""
+    """Run a script; what its user can mend is one sentence and exit status 2, Ctrl-C is 130.
+
+    A terminal that knows only some characters gets the others as escapes. SIGTERM ends the script
+    like an exception, so that nothing half made is left behind.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         script()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has seen enough
+        drop_output()
+    except Exception as error:
+        if (said := sentence(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        drop_output()
+        sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def drop_output() -> None:
+    """What could not be printed is not tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def sentence(error: Exception) -> str | None:
+    """What to say of an error that its user can mend; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # whoever knew more about it has said so in a UserError
+        return f"{error.filename or 'the output'}: {error.strerror or error}"
+    full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if full or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "this takes more memory than there is: choose smaller sizes"
+    return None
 
 
 def generator(seed: int, name: str, step: int = 0) -> torch.Generator:
@@ -85,6 +125,16 @@ def value_of(flag: str, arguments: list[str]) -> str:
 # --- the folder -----------------------------------------------------------------------------------
 
 
+def check_free(name: str) -> None:
+    """UserError if no new folder in runs/, and no word behind a flag, can have this name."""
+    proper = name.isprintable() and name[:1] not in (".", "-") and len(name.encode()) <= 200
+    if name != Path(name).name or not proper:
+        raise UserError(f"--name {name!r} cannot be the name of a folder in {RUNS}/")
+    if os.path.lexists(RUNS / name):
+        again = shlex.join(["--name", name, "--resume"])
+        raise Taken(f"{RUNS / name} exists already: go on with {again}, or choose another")
+
+
 class Run:
     """A run's folder: `create` makes one, `open` finds one to read, `resume` one to go on with."""
 
@@ -97,16 +147,18 @@ class Run:
 
         It appears with its settings or not at all, and this process is the one that writes to it.
         """
-        if not name:
-            numbers = [re.fullmatch(r"run-([0-9]+)", p.name) for p in RUNS.glob("run-*")]
-            name = f"run-{max((int(n[1]) for n in numbers if n), default=0) + 1:03d}"
-        proper = name.isprintable() and not name.startswith(".") and len(name.encode()) <= 200
-        if name != Path(name).name or not proper:
-            raise UserError(f"--name {name!r} cannot be the name of a folder in {RUNS}/")
+        if name:
+            return cls._create(name, config)
+        numbers = [re.fullmatch(r"run-([0-9]+)", p.name) for p in RUNS.glob("run-*")]
+        last = max((int(n[1]) for n in numbers if n), default=0)
+        for number in count(last + 1):  # several that start together get one each
+            with suppress(Taken):
+                return cls._create(f"run-{number:03d}", config)
+
+    @classmethod
+    def _create(cls, name: str, config: object) -> "Run":
+        check_free(name)
         folder, run = RUNS / name, cls(RUNS / f".{name}.draft")
-        taken = f"{folder} exists already: go on with --name {name} --resume, or choose another"
-        if os.path.lexists(folder):
-            raise UserError(taken)
         try:
             run.folder.mkdir(parents=True, exist_ok=True)  # it exists if its maker was killed
             run.lock()
@@ -114,8 +166,7 @@ class Run:
             run.keep(config)
             run.folder = run.folder.rename(folder)
         except OSError as error:
-            if os.path.lexists(folder):  # another process was faster
-                raise UserError(taken) from None
+            check_free(name)  # was another process faster?
             shutil.rmtree(run.folder, ignore_errors=True)
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
         with run.writing(folder):
@@ -154,7 +205,7 @@ class Run:
         except BlockingIOError:
             self.file.seek(0)
             writer = re.sub(r"\D", "", self.file.read(20))
-            raise UserError(
+            raise Taken(
                 f"process {writer} is writing to {self.folder}: wait for its end, or stop it"
             ) from None
         except OSError:
@@ -166,10 +217,14 @@ class Run:
         self.file.flush()
 
     @property
+    def name(self) -> str:
+        """What `open` finds it by."""
+        return self.folder.name if self.folder.parent == RUNS else str(self.folder)
+
+    @property
     def command(self) -> str:
         """How to go on with this run."""
-        name = self.folder.name if self.folder.parent == RUNS else str(self.folder)
-        return shlex.join(["python", "train.py", "--name", name, "--resume"])
+        return shlex.join(["python", "train.py", "--name", self.name, "--resume"])
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
@@ -186,33 +241,24 @@ class Run:
 
     def config(self) -> dict:
         """The settings as they were written, or a UserError."""
-        path = self.folder / "config.json"
-        values = read_json(path)
-        try:
-            written = "hash" not in values or values.pop("hash") == fingerprint(values)
-        except RecursionError:
-            written = False
-        if not written:
-            raise UserError(
-                f"{path} is not what was written; if you changed it yourself, delete its hash, too"
-            )
-        return values
+        return read_sealed(self.folder / "config.json")
 
     def keep(self, config: object) -> None:
         """Write config.json, with a hash of itself."""
         values = asdict(config) if is_dataclass(config) else config
-        write_json(self.folder / "config.json", {"hash": fingerprint(values), **values})
+        write_sealed(self.folder / "config.json", values)
 
     # --- measurements
 
     def log(self, text: str = "") -> None:
         """Print, above a progress bar if there is one, and keep in log.txt."""
         text = text.encode(errors="backslashreplace").decode()  # a path may be no text
-        with self.writing(Path("the output")):
-            tqdm.write(text)
         path = self.folder / "log.txt"
         with self.writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
+        with self.writing(Path("the output")):
+            tqdm.write(text)
+            sys.stdout.flush()  # a pipe shows it now
 
     def measure(self, **values) -> None:
         """One line of metrics.jsonl."""
@@ -268,7 +314,7 @@ class Run:
                 (draft / "manifest.json").write_text(json.dumps(hashes, indent=1))
                 for path in (*draft.iterdir(), draft, *self.folder.glob("metrics.jsonl")):
                     sync(path)
-                shutil.rmtree(final, ignore_errors=True)
+                remove(final)
                 draft.rename(final)
                 sync(final.parent)
         finally:
@@ -277,14 +323,17 @@ class Run:
         older = found[found.index(final) + 1 :]
         kept = {final, *islice((p for p in older if damage(p) is None), KEEP - 1)}
         for path in set(found) - kept:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         return final
 
     def checkpoints(self) -> list[Path]:
-        """Finished checkpoints, the newest first."""
-        found = (self.folder / "checkpoints").glob("step-*")
-        return sorted((p for p in found if re.fullmatch(r"step-\d{6,}", p.name)), reverse=True,
-                      key=lambda p: int(p.name[5:]))  # fmt: skip
+        """Finished checkpoints, the newest first; UserError if nobody can know what is there."""
+        place = self.folder / "checkpoints"
+        try:
+            names = [name for name in os.listdir(place) if re.fullmatch(r"step-[0-9]{6,}", name)]
+        except OSError as error:
+            raise UserError(f"cannot read {place}: {error.strerror}") from None
+        return sorted((place / name for name in names), key=number, reverse=True)
 
     def newest(self) -> Path:
         """The newest checkpoint that is what its manifest says; what is passed over is told."""
@@ -300,17 +349,33 @@ class Run:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, or None; UserError if they may not be read."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
         for name in ("model.safetensors", "train_state.safetensors", "train_state.json"):
             if manifest[name] != digest(checkpoint / name):
                 return f"{name} is not what manifest.json says"
+        if (step := json.loads((checkpoint / name).read_bytes())["step"]) != number(checkpoint):
+            return f"it is that of step {short(step)}"
+    except PermissionError as error:  # whole, perhaps, and so not to be passed over
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except (ValueError, LookupError, TypeError, RecursionError):
         return "manifest.json is damaged"
     return None
+
+
+def number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it; or a file or link in its place, and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> Tensors:
@@ -384,6 +449,25 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def write_sealed(path: Path, values: dict) -> None:
+    """A JSON object with a hash of itself."""
+    write_json(path, {"hash": fingerprint(values), **values})
+
+
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote, or a UserError; without its hash it may be anything."""
+    values = read_json(path)
+    try:
+        written = "hash" not in values or values.pop("hash") == fingerprint(values)
+    except RecursionError:
+        written = False
+    if not written:
+        raise UserError(
+            f"{path} is not what was written; if you changed it yourself, delete its hash, too"
+        )
+    return values
+
+
 def sync(path: Path) -> None:
     """Wait until a file's or a folder's content is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -438,13 +522,15 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
     if lzma is not None:
         axes.axhline(lzma, color="#777777", linestyle="--", linewidth=1, label="held out, by lzma")
     low = min([value for _, value in train + held], default=0)
-    axes.set(xlabel="step", ylabel="bits per byte", title=run.folder.name, ylim=(0.9 * low, None))
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0.9 * low, None))
+    axes.set_title(run.folder.name, parse_math=False)
     axes.set_ylim(top=min(axes.get_ylim()[1], 8))
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     path, picture = run.folder / "loss.png", io.BytesIO()
-    figure.savefig(picture, dpi=130)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a letter without a form
+        figure.savefig(picture, dpi=130)
     plt.close(figure)
     with run.writing(path):
         write_whole(path, picture.getvalue())

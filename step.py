@@ -9,6 +9,7 @@ Papers: Pascanu et al. 2013, clipping (arXiv 1211.5063); Micikevicius et al. 201
 (arXiv 1710.03740); Kalamkar et al. 2019, bfloat16 (arXiv 1905.12322).
 """
 
+import os
 import platform
 import subprocess
 import time
@@ -120,6 +121,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         pays = device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
     return torch.bfloat16 if pays else torch.float32
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """UserError if a device has not so many bytes; on a CPU the system would kill the process."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise UserError(
+            f"this takes at least {needed / 1e9:,.1f} GB of memory, and {device.type} has "
+            f"{there / 1e9:,.1f} GB: choose smaller sizes"
+        )
 
 
 def cpu_flags() -> set[str]:

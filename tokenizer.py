@@ -1,416 +1,292 @@
-"""Tokenizers by hand: text <-> token ids. So far byte-level byte-pair encoding (BPE).
+"""Three tokenizers side by side: byte-pair encoding, WordPiece and unigram language models.
 
-Idea: a model reads integers. BPE starts from the 256 bytes, so that no text is ever unknown, and
-gives the commonest pair of neighbours an id of its own, again and again: `t h` becomes `th`, then
-`th e` becomes `the`. To encode, the merges are replayed in the order in which they were learnt.
-A regular expression first cuts the text into pieces (about a word and the blank before it). No
-merge crosses a piece, so that training needs only the different pieces and their counts.
+Idea: words are too many and letters too short, so a model reads what lies between: pieces of words
+that often occur. A text of common words then has few tokens, and a new word still has some.
 
-    count_pieces -> learn_merges -> BPE.encode, BPE.decode -> BPE.save, BPE.load
+              learns                                       cuts
+    BPE       joins the commonest pair of neighbours,      by the same joins, in the same order
+              again and again
+    WordPiece joins the pair that makes the text           the longest piece that fits, from left
+              likeliest, again and again                   to right
+    Unigram   gives probabilities to many pieces, drops    the likeliest of all ways to cut, or
+              those that are missed least                  one drawn at random
 
-Merges are learnt and applied in merges.py.
+BPE and Unigram lose nothing of a text, for what has no piece is given in bytes. WordPiece, as BERT
+has it, normalizes (lower case, no accents, blanks are only borders), and what it cannot cut is
+unknown. All have one interface: vocabulary.Tokenizer.
 
 Run: python tokenizer.py
      python tokenizer.py --text "How is this sentence cut?" --vocab-size 1024
+     python tokenizer.py --file path/to/folder     how the tokenizer of a file or folder cuts
 
-Papers: Gage 1994, "A New Algorithm for Data Compression"; Sennrich et al. 2016 (arXiv 1508.07909);
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (bytes, split pattern).
+Papers: Sennrich et al. 2016, BPE (arXiv 1508.07909); Schuster and Nakajima 2012, "Japanese and
+Korean Voice Search", and Devlin et al. 2018, BERT (arXiv 1810.04805), for WordPiece; Kudo 2018,
+unigram models (arXiv 1804.10959); Bostrom and Durrett 2020 (arXiv 2004.03720) compare two.
 """
 
-import codecs
-import hashlib
+import io
 import json
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import random
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 from reprlib import repr as short
-from typing import Self
+from typing import NamedTuple
 
-import tiktoken
 import tyro
 from tqdm import tqdm
 
-import tokenizer_files
-from merges import Tie, apply_merges, apply_merges_to_long, learn_merges
-from pieces import ASCII_PATTERNS, LAST_CUT, SPLIT_PATTERNS, splitter
-from processes import in_processes, sum_of
-from run import write_whole
-from tokenizer_files import Pair, to_bytes
-from vocabulary import (
-    CACHED_PIECES,
-    END_OF_TEXT,
-    LONG_PIECE,
-    Memory,
-    Tokenizer,
-    special_regex,
-)
+from bpe import BPE, count_pieces
+from merges import learn_merges
+from run import RUNS, UserError, main, write_whole
+from unigram import SentencePiece, Unigram
+from vocabulary import Token, Tokenizer
+from wordpiece import WordPiece
 
-BLOCK = 1 << 14  # characters of a stream that are encoded at once
+KINDS: dict[str, type[Tokenizer]] = {"bpe": BPE, "wordpiece": WordPiece, "unigram": Unigram}
 
-CHARACTER = r"[\s\S]"  # the pattern that cuts everywhere
+# --- files ----------------------------------------------------------------------------------------
 
-# --- text -> pieces -------------------------------------------------------------------------------
+FILES = (  # what a folder may hold, the original before what was made of it
+    "*.model", "tokenizer.json", "encoder.json", "vocab.json", "vocab.txt", "*.tiktoken",
+)  # fmt: skip
 
 
-def count_pieces(
-    texts: Iterable[str],
-    pattern: str = "gpt4",
-    special: Sequence[str] = (),
-    progress: bool = False,
-    processes: int = 0,
-) -> Counter[str]:
-    """How often each piece occurs; special tokens separate texts and are not counted."""
-    if isinstance(texts, str):
-        raise ValueError("texts must be several texts: write [text] for a single one")
-    split, borders = splitter(pattern), special_regex(special)
+def load(path: str | Path) -> Tokenizer:
+    """Read whatever tokenizer lies at a path, or say why that cannot be.
 
-    def count(texts: list[str]) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for text in texts:
-            for part in borders.split(text)[::2]:  # the odd parts are the special tokens
-                counts.update(split(part))
-        return counts
-
-    texts = tqdm(texts, "count pieces", unit=" texts", disable=None if progress else True)
-    return sum_of(in_processes(count, texts, processes))
-
-
-# --- the tokenizer --------------------------------------------------------------------------------
-
-
-@dataclass
-class BPE(Tokenizer):
-    """A byte-level BPE vocabulary; everything else is derived from these four fields.
-
-    Ids come in any order: bytes need not be first, nor merges by rank; a few may be unused.
+    path: a tokenizer.json with BPE or WordPiece; BERT's vocab.txt; SentencePiece's .model; GPT-2's
+    encoder.json or vocab.bpe, the other beside it; a rank file of tiktoken (for which see
+    BPE.load); or a folder with one of these.
     """
+    path = Path(path)
+    try:
+        path = found_in(path) if path.is_dir() else path
+        kind = kind_of(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no tokenizer that can be read: {error}") from None
+    return kind.load(path)
 
-    tokens: list[bytes]  # id -> its bytes; b"" where the id belongs to a special token or to none
-    merges: list[Pair] | None  # in rank order: what was learnt first is merged first. None: any two
-    # neighbours whose bytes joined are a token merge, that of the lowest id first (tiktoken's rule)
-    special: dict[str, int]  # texts that stand for one id each, such as END_OF_TEXT
-    pattern: str = "gpt4"  # a name in SPLIT_PATTERNS or a regular expression, which is what is kept
 
-    def __post_init__(self):
-        self.pattern = SPLIT_PATTERNS.get(self.pattern, self.pattern)
-        self._split, self._special = splitter(self.pattern), special_regex(self.special)
-        self._bytes = {id: token for id, token in enumerate(self.tokens) if token}
-        self._ids = {token: id for id, token in self._bytes.items()}
-        self._alphabet = [self._ids.get(bytes([byte])) for byte in range(256)]
-        if None in self._alphabet:
-            byte = self._alphabet.index(None)
-            raise ValueError(f"byte 0x{byte:02x} has no token, so that some text has no ids")
-        if len(self._ids) != len(self._bytes):
-            raise ValueError("two ids have the same bytes")
-        if self.merges is None:
-            self._ranks, self._made = dict(self._splits()), range(len(self.tokens))
-        else:
-            self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-            self._made = [self._joined(pair) for pair in self.merges]
-            if len(self._ranks) != len(self.merges):
-                raise ValueError("a merge is listed twice")
-        for text, id in self.special.items():
-            clash = id in self._bytes or to_bytes(text) in self._ids
-            if clash or not text or not text.isprintable():
-                what = f"special token {short(text)} with id {id}"
-                raise ValueError(f"{what} is empty, unprintable or clashes with another token")
-            self._bytes[id] = text.encode()
-        if min(self._bytes) < 0 or self.vocab_size > 2 * len(self._bytes) + 1024:
-            raise ValueError(
-                f"its ids from {min(self._bytes)} to {max(self._bytes)} are far more than its "
-                f"{len(self._bytes)} tokens"
-            )
-        self._memory = Memory(self._encode_piece, CACHED_PIECES)
+def found_in(folder: Path) -> Path:
+    """The file that holds the tokenizer of a folder."""
+    for pattern in FILES:
+        for path in sorted(folder.glob(pattern)):
+            if path.suffix != ".model" or is_sentencepiece(path.read_bytes()):
+                return path
+    raise ValueError(f"it has none of {', '.join(FILES)}")
 
-    def _joined(self, pair: Pair) -> int:
-        left, right = (self._bytes.get(id) for id in pair)
-        if left is None or right is None or left + right not in self._ids:
-            raise ValueError(f"the merge of ids {pair} needs or makes a token that is not there")
-        return self._ids[left + right]
 
-    def _splits(self) -> Iterator[tuple[Pair, int]]:
-        """Each token as two others, in every way there is: (pair, id)."""
-        for id, token in enumerate(self.tokens):
-            for cut in range(1, len(token)):
-                left, right = self._ids.get(token[:cut]), self._ids.get(token[cut:])
-                if left is not None and right is not None:
-                    yield (left, right), id
+def is_sentencepiece(data: bytes) -> bool:
+    """A protocol buffer begins with the number of its first field, a string, and has zeros."""
+    return data.startswith(b"\n") and b"\0" in data
 
-    def __reduce__(self):  # for pickle: the fields rebuild the rest
-        return BPE, (self.tokens, self.merges, self.special, self.pattern)
 
-    @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],
-        vocab_size: int,
-        pattern: str = "gpt4",
-        special: Iterable[str] = (END_OF_TEXT,),
-        progress: bool = False,
-        tie: Tie = "lowest ids",
-        processes: int = 0,
-    ) -> Self:
-        """Learn merges until there are vocab_size ids: bytes, then merges, then special tokens.
-
-        Fewer if nothing is left to merge. No merge is learnt from or across a special token. Of
-        equally common pairs the one of lowest ids is merged first, as in Hugging Face's tokenizers
-        and rustbpe, or that of greatest bytes, as in subword-nmt and Stanford's CS336. Many texts
-        are counted in several processes (0: one for each core).
-        """
-        special, room = cls._room(vocab_size, special)
-        counts = count_pieces(texts, pattern, special, progress, processes)
-        learnt = islice(learn_merges(counts, tie), room)
-        tokens, merges = [bytes([byte]) for byte in range(256)], []
-        for pair, _ in tqdm(learnt, "merge", room, disable=None if progress else True):
-            tokens.append(tokens[pair[0]] + tokens[pair[1]])
-            merges.append(pair)
-        special_ids = {text: id for id, text in enumerate(special, len(tokens))}
-        return cls(tokens, merges, special_ids, pattern)
-
-    @staticmethod
-    def _room(vocab_size: int, special: Iterable[str]) -> tuple[list[str], int]:
-        """Special tokens, each once, and how many ids they and the bytes leave."""
-        special = list(dict.fromkeys(special))
-        room = vocab_size - 256 - len(special)
-        if room < 0:
-            raise ValueError(f"vocab_size must be {vocab_size - room} or more, not {vocab_size}")
-        return special, room
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self._bytes) + 1
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Differs where anything differs: a key for whatever is cached with these ids."""
-        content = self.tokens, self.merges, sorted(self.special.items()), self.pattern
-        return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
-
-    def encode(self, text: str, special: str = "text") -> list[int]:
-        """text -> ids. What a special token inside the text means is for the caller to say.
-
-        "text": its letters, like any others, so that no user can forge one · "ids": its id, the
-        longest where several begin · "refuse": ValueError. A lone surrogate is a ValueError, too.
-        """
-        ids: list[int] = []
-        for at, part in enumerate(self._parts(text, special)):  # ordinary and special in turn
-            if at % 2:
-                ids.append(self.special[part])
-            else:
-                ids.extend(chain.from_iterable(map(self._memory.__getitem__, self._split(part))))
-        return ids
-
-    def spans(self, text: str, special: str = "text") -> list[tuple[int, int]]:
-        """For each token of `encode` the characters it stands for, text[start:end].
-
-        A token that begins or ends inside of a character has all of that character.
-        """
-        character = [i for i, c in enumerate(text) for _ in range(len(c.encode()))]  # of each byte
-        found, end = [], 0
-        for id in self.encode(text, special):
-            start, end = end, end + len(self._bytes[id])
-            found.append((character[start], character[end - 1] + 1))
-        return found
-
-    def encode_iterable(self, texts: Iterable[str], special: str = "text") -> Iterator[int]:
-        """The ids of the texts joined, while they come in: a stream may be larger than memory.
-
-        It is cut only where the pattern has a border whatever follows (a pattern of your own has no
-        place that is known to be one, so all of it waits) and where no special token is cut.
-        """
-        known = self.pattern in ASCII_PATTERNS
-        tail = max(map(len, self.special), default=0) if special != "text" else 0
-        waiting: list[str] = []
-        size, enough = 0, BLOCK
-        for text in texts:
-            waiting.append(text)
-            size += len(text)
-            if size < enough or not known:
-                continue
-            text = "".join(waiting)
-            cut = self._last_cut(text, tail)
-            yield from self.encode(text[:cut], special)
-            waiting, size = [text[cut:]], len(text) - cut
-            enough = BLOCK + 2 * size  # where there is no cut, looking for one stays linear
-        yield from self.encode("".join(waiting), special)
-
-    def _last_cut(self, text: str, tail: int) -> int:
-        """The last place where text may be cut though more follows; special tokens if tail > 0.
-
-        One that might still grow beyond the text begins in its last `tail` characters.
-        """
-        found = LAST_CUT.search(text, 0, len(text) - tail) if tail < len(text) else None
-        cut = found.start() if found else 0
-        inside = (m.start() for m in self._special.finditer(text) if m.start() < cut < m.end())
-        return next(inside, cut) if tail else cut
-
-    def _encode_piece(self, piece: str) -> list[int]:
-        data = piece.encode()
-        if data in self._ids:  # as tiktoken has it, whether or not the merges lead there
-            return [self._ids[data]]
-        return self._merged(data)
-
-    def _merged(self, data: bytes) -> list[int]:
-        ids = [self._alphabet[byte] for byte in data]
-        apply = apply_merges if len(ids) < LONG_PIECE else apply_merges_to_long
-        return apply(ids, self._ranks, self._made)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        try:
-            return b"".join([self._bytes[id] for id in ids])
-        except KeyError as error:
-            raise ValueError(
-                f"id {error} is not among the {self.vocab_size} of this vocabulary: decode with "
-                "the tokenizer that encoded"
-            ) from None
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """ids -> text. Bytes that are not UTF-8 (half a letter, say) become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The same bit by bit: a letter comes out as soon as its last byte is there."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for id in ids:
-            yield decoder.decode(self.decode_bytes([id]))
-        yield decoder.decode(b"", final=True)
-
-    def to_tiktoken(self, name: str = "handmade") -> tiktoken.Encoding:
-        """The same vocabulary in tiktoken (Rust), whose `encode_ordinary` is the fast way in bulk.
-
-        tiktoken knows no merges: of all neighbours it joins those whose result has the lowest id.
-        """
-        self._check_ranks()
-        return tiktoken.Encoding(
-            name, pat_str=self.pattern, mergeable_ranks=self._ids, special_tokens=self.special
-        )
-
-    def _check_ranks(self) -> None:
-        """ValueError where the order of ids is not that of merges, or some pairs never merge."""
-        made = list(self._made)
-        learnt = len(set(made)) == len(self._ids) - 256
-        if self.merges is not None and (
-            made != sorted(made)
-            or not (learnt or self._ranks.keys() == dict(self._splits()).keys())
-        ):
-            raise ValueError("the ids do not follow the order of the merges, as tiktoken needs")
-
-    def save(self, path: str | Path) -> None:
-        """Write a Hugging Face tokenizer.json, whole or not at all.
-
-        Hugging Face reads patterns with Oniguruma: one of your own must be valid there, too. It
-        knows no ids as ranks (merges = None): it gets every split of every token, in their order.
-        """
-        merges = self.merges
-        if merges is None:
-            merges = [pair for pair, _ in sorted(self._splits(), key=lambda split: split[::-1])]
-        file = tokenizer_files.to_json(self.tokens, merges, self.special, self.pattern)
-        write_whole(Path(path), json.dumps(file, ensure_ascii=False).encode())
-
-    def save_ranks(self, path: str | Path) -> None:
-        """Write a rank file for tiktoken, which holds neither the pattern nor special tokens."""
-        self._check_ranks()
-        write_whole(Path(path), tokenizer_files.to_ranks(self.tokens))
-
-    @classmethod
-    def load(
-        cls, path: str | Path, pattern: str = "gpt4", special: dict[str, int] | None = None
-    ) -> "BPE":
-        """Read a tokenizer, ours or another's, or say why the ids would not be the same.
-
-        path: a tokenizer.json; GPT-2's encoder.json or vocab.bpe, the other beside it; a rank file
-        of tiktoken; or a folder with one of the first two. Only for a rank file, which does not
-        tell: pattern, and special tokens (None: END_OF_TEXT behind the last id).
-        All added tokens count as special. A post-processor, which surrounds the text, is ignored.
-        """
-        try:
-            file = tokenizer_files.read(Path(path))
-            if file.pattern is None:
-                special = {END_OF_TEXT: len(file.tokens)} if special is None else special
-                file = file._replace(pattern=pattern, special=special)
-            bpe = cls(*file[:4])
-            for id, token in enumerate(bpe.tokens if not file.whole else ()):
-                if token and bpe._merged(token) != [id]:  # which must then not come out
-                    raise ValueError(f"its merges do not lead to the token {short(token)}")
-            return bpe
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} cannot be loaded as a byte-level BPE ({error}): choose another file, or "
-                "write this one again with BPE.save"
-            ) from None
-
-    @classmethod
-    def characters(
-        cls, texts: Iterable[str], vocab_size: int, special: Iterable[str] = (END_OF_TEXT,)
-    ) -> Self:
-        """Each character is a token: the commonest of texts, by count; others are their bytes."""
-        special, room = cls._room(vocab_size, special)
-        counts = count_pieces(texts, CHARACTER, special)
-        longer = [c for c in counts if len(c.encode()) > 1]
-        longer.sort(key=lambda c: (-counts[c], c))
-        tokens = [*(bytes([byte]) for byte in range(256)), *(c.encode() for c in longer[:room])]
-        ids = {text: id for id, text in enumerate(special, len(tokens))}
-        return cls(tokens, None, ids, CHARACTER)
-
-    @classmethod  # the last method, because above this line `bytes` must mean the type
-    def bytes(cls, special: Iterable[str] = (END_OF_TEXT,)) -> Self:
-        """No merges: every byte is a token."""
-        special = list(special)
-        return cls.train([], 256 + len(set(special)), special=special)
+def kind_of(data: bytes) -> type[Tokenizer]:
+    """Which kind a file is, by its content; ValueError if it is none."""
+    if is_sentencepiece(data):
+        return SentencePiece
+    if data.lstrip().startswith(b"{"):
+        model = json.loads(data).get("model")
+        if not isinstance(model, dict):  # GPT-2's vocabulary, which has a token of this name
+            return BPE
+        name = model.get("type", "BPE" if "merges" in model else "WordPiece")  # old files: no type
+        for kind in (BPE, WordPiece):
+            if kind.__name__ == name:
+                return kind
+        made = "if it was made from a .model file, give that one"
+        raise ValueError(f"its model is {short(name)}, not BPE or WordPiece; {made}")
+    if b"[UNK]" in data.split():
+        return WordPiece
+    if len(data.lstrip().split(b"\n")[0].split()) == 2:  # a token and its rank, or a merge
+        return BPE
+    raise ValueError("its content is none of those that Hugging Face, BERT, SentencePiece, GPT-2 "
+                     "or tiktoken write")  # fmt: skip
 
 
 # --- the idea, shown ------------------------------------------------------------------------------
 
+TEXTS = (
+    "Tokenizers cut unbelievably long sentences into strings that often occur.",
+    "for i in range(12345): total += 3.14 * x[i]",
+    "Ein naïver Käfer, Привет, 日本語 😀",
+)
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Learn a small vocabulary from Python's own manual, then show how it cuts a text."""
+    """Train all three on Python's own manual, and show how each cuts the same texts."""
 
-    text: str = "Tokenizers cut 12345 naïve sentences into strings that often occur."  # what to cut
-    vocab_size: int = 2048  # bytes, merges and one special token
-    pattern: str = "gpt4"  # which pieces no merge crosses: gpt2, gpt4 or a regular expression
-    file: str = ""  # a tokenizer to cut with, instead of learning: tokenizer.json, GPT-2's files
+    text: tuple[str, ...] = TEXTS  # what to cut
+    vocab_size: int = 2048  # ids of each; the picture goes from a fourth to four times as many
+    file: str = ""  # cut with the tokenizer of this file or folder instead of training any
+
+    def __post_init__(self):
+        for text in self.text:
+            try:
+                text.encode()
+            except ValueError as error:
+                raise UserError(f"--text cannot be written as UTF-8: {error}") from None
 
 
-def learn_from_manual(vocab_size: int, pattern: str) -> BPE:
-    counts = count_pieces(topics.values(), pattern)
-    print(f"Python's manual: {sum(counts.values()):,} pieces, {len(counts):,} different ones.")
-    print("The first merges:\n\n  count    id  token")
+def manual() -> tuple[list[str], list[str]]:
+    """Python's manual: what to learn from, and every eighth topic to measure with."""
+    texts = list(topics.values())
+    return [text for at, text in enumerate(texts) if at % 8], texts[::8]
+
+
+def show_merges(texts: Sequence[str], number: int = 12) -> None:
+    counts = count_pieces(texts)
+    print(f"Python's manual: {counts.total():,} pieces, {len(counts):,} different ones.")
+    print("The first merges of BPE:\n\n  count    id  token")
     tokens = [bytes([byte]) for byte in range(256)]
-    for (left, right), count in islice(learn_merges(counts), 12):
+    for (left, right), count in islice(learn_merges(counts), number):
         tokens.append(tokens[left] + tokens[right])
         new, *parts = (tokens[id].decode(errors="replace") for id in (-1, left, right))
         print(f"{count:7,} {len(tokens) - 1:5}  {new!r:8} = {parts[0]!r} + {parts[1]!r}")
-    return BPE.train(topics.values(), vocab_size, pattern)
 
 
-def show_cut(bpe: BPE, text: str) -> None:
-    ids = bpe.encode(text)
-    size = f"{len(text)} characters, {len(text.encode())} bytes, {len(ids)} tokens"
-    print(f"\n{text}\n\n{size}: {len(text) / max(1, len(ids)):.2f} characters per token.\n")
-    print("     id  token          bytes")
-    for id in ids:
-        token = bpe.decode_bytes([id])
-        print(f"{id:7}  {token.decode(errors='replace')!r:14} {token.hex(' ')}")
+def readable(token: Token) -> str:
+    """A token on one line: bytes that are no text, and what cannot be seen, with a backslash."""
+    text = token.decode(errors="backslashreplace") if isinstance(token, bytes) else token
+    text = text.replace("▁", " ")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def main(settings: Settings) -> None:
-    if settings.file:
-        bpe = BPE.load(settings.file)
-    else:
-        bpe = learn_from_manual(settings.vocab_size, settings.pattern)
-    show_cut(bpe, settings.text)
+def show_cuts(tokenizers: dict[str, Tokenizer], texts: Sequence[str]) -> None:
+    """Each text, and under it how many tokens each tokenizer makes of it, and which."""
+    for text in texts:
+        print(f"\n{text}")
+        for name, tokenizer in tokenizers.items():
+            ids = tokenizer.encode(text)
+            cut = "|".join(readable(tokenizer.token(id)) for id in ids)
+            print(f"  {name:10} {len(ids):3}  {cut}")
+
+
+def show_ways(unigram: Unigram, text: str, number: int = 3) -> None:
+    """The best ways to cut a text, and some that are drawn, from which a model learns more."""
+    print(f"\nUnigram's best ways to cut {text!r}, by log-probability, and some at random:\n")
+    best = [(f"{score:.2f}", ids) for ids, score in unigram.n_best(text, number)]
+    draw = random.Random(0)
+    drawn = [("drawn", unigram.sample(text, 0.3, draw)) for _ in range(number)]
+    for how, ids in best + drawn:
+        print(f"{how:>8}  " + "|".join(readable(unigram.token(id)) for id in ids))
+
+
+class Measured(NamedTuple):
+    """What a tokenizer makes of texts that it has not learnt from."""
+
+    name: str
+    vocab_size: int
+    characters: float  # per token
+    bytes: float  # per token
+    unknown: int  # tokens
+    speed: float  # megabytes a second in one process, which sees most pieces for the first time
+    seconds: float | None  # of training
+
+
+def measure(
+    name: str, tokenizer: Tokenizer, texts: Sequence[str], seconds: float | None = None
+) -> Measured:
+    start = time.perf_counter()
+    ids = [id for text in texts for id in tokenizer.encode(text)]
+    took = time.perf_counter() - start
+    characters = sum(map(len, texts)) / len(ids)
+    size = sum(len(text.encode()) for text in texts)
+    unknown = ids.count(tokenizer.unknown_id)
+    return Measured(name, tokenizer.vocab_size, characters, size / len(ids), unknown,
+                    size / took / 1e6, seconds)  # fmt: skip
+
+
+def show_table(rows: Sequence[Measured], texts: Sequence[str]) -> None:
+    size = sum(len(text.encode()) for text in texts)
+    print(f"\nOn {size:,} bytes of the manual, held out:\n")
+    print("kind              vocabulary  characters/token  bytes/token  unknown    MB/s  training")
+    for row in rows:
+        training = "" if row.seconds is None else f"{row.seconds:.2f} s"
+        print(f"{row.name:16} {row.vocab_size:11,} {row.characters:17.3f} {row.bytes:12.3f} "
+              f"{row.unknown:8,} {row.speed:7.2f} {training:>9}")  # fmt: skip
+
+
+def train_all(
+    vocab_size: int, texts: Sequence[str], held: Sequence[str]
+) -> dict[str, dict[int, tuple[Tokenizer, Measured]]]:
+    """kind -> size -> a tokenizer, for five sizes, and what it makes of the texts held.
+
+    One smaller than vocab_size may have no room for all letters: then it is left out.
+    """
+    sizes = [vocab_size, vocab_size // 4, vocab_size // 2, 2 * vocab_size, 4 * vocab_size]
+    jobs = [(name, size) for size in sizes for name in KINDS]
+    made = {name: {} for name in KINDS}
+    for name, size in tqdm(jobs, "train", leave=False, disable=None, unit=" tokenizers"):
+        start = time.perf_counter()
+        try:
+            tokenizer = KINDS[name].train(texts, size)
+        except ValueError as error:
+            if size < vocab_size:
+                continue
+            raise UserError(f"--vocab-size is too small for {name}: {error}") from None
+        row = measure(name, tokenizer, held, time.perf_counter() - start)
+        made[name][size] = tokenizer, row
+    return made
+
+
+def draw_compression(rows: Sequence[Measured]) -> bytes:
+    """A picture: bytes per token over the size of the vocabulary, a line for each kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for name, color in zip(KINDS, ("#1f4e8c", "#c8442d", "#2f8f5b"), strict=True):
+        line = sorted({(row.vocab_size, row.bytes) for row in rows if row.name == name})
+        sizes, values = zip(*line, strict=True)
+        axes.plot(sizes, values, "o-", color=color, markersize=4, linewidth=1.6, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="tokens in the vocabulary", ylabel="bytes per token",
+             title="Python's manual, topics held out; a line ends when all is learnt")  # fmt: skip
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+    return picture.getvalue()
+
+
+def script() -> None:
+    config = tyro.cli(Settings)
+    texts, held = manual()
+    if config.file:
+        try:
+            tokenizer = load(config.file)
+            name = type(tokenizer).__name__
+            show_cuts({name: tokenizer}, config.text)
+            return show_table([measure(name, tokenizer, held)], held)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    show_merges(texts)
+    made = train_all(config.vocab_size, texts, held)
+    chosen = {name: of_size[config.vocab_size] for name, of_size in made.items()}
+    show_cuts({name: tokenizer for name, (tokenizer, _) in chosen.items()}, config.text)
+    show_ways(chosen["unigram"][0], "unbelievable representations")
+    show_table([row for _, row in chosen.values()], held)
+    print("\nNot quite alike: WordPiece writes no blanks and no capitals, and Unigram has a token\n"
+          "for each of several blanks in a row.")  # fmt: skip
+    rows = [row for of_size in made.values() for _, row in of_size.values()]
+    RUNS.mkdir(exist_ok=True)
+    path = RUNS / "tokenizers.png"
+    write_whole(path, draw_compression(rows))
+    print(f"\npicture: {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings))
-    except (OSError, ValueError) as error:
-        print(f"tokenizer.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main(script)

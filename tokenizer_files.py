@@ -148,15 +148,16 @@ def to_json(
 
 def from_json(file: Any) -> Vocabulary:
     """What a tokenizer.json says; ValueError if it is not one like ours."""
+    model = file["model"]
+    if (kind := model.get("type", "BPE")) != "BPE":
+        raise ValueError(f"its model is {short(kind)}, not BPE")
     match file:
-        case {"model": dict(model), "added_tokens": list(added), "pre_tokenizer": dict(steps)}:
+        case {"added_tokens": list(added), "pre_tokenizer": dict(steps)}:
             vocab, merges = model.get("vocab"), model.get("merges")
         case _:
-            raise ValueError("it has no model, no added_tokens or no pre_tokenizer")
+            raise ValueError("it has no added_tokens or no pre_tokenizer")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError("its model has no vocab or no merges")
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError("its model is not BPE")
     for key in UNLIKE_OURS:
         if model.get(key) or file.get(key):
             raise ValueError(f"it has a {key}, which changes the ids")
@@ -171,7 +172,7 @@ def from_json(file: Any) -> Vocabulary:
 
 def read_special(added: Any) -> tuple[str, int]:
     match added:
-        case {"content": str(text), "id": int(id), **flags}:
+        case {"content": str(text), "id": int(id), **flags} if type(id) is int and id >= 0:
             if not any(flags.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
                 return text, id
     raise ValueError(f"the added token {short(added)} is not a text with its id and nothing more")
@@ -199,6 +200,8 @@ def from_gpt2(vocab: Any, merges: str) -> Vocabulary:
 
     <|endoftext|> and what else stands in such brackets without a merge is special.
     """
+    if not all(type(id) is int and id >= 0 for id in vocab.values()):
+        raise ValueError("an id of its vocab is no number from 0 on")
     lines = merges.split("\n")
     lines = [line for line in lines[lines[0].startswith("#version") :] if line]
     pairs = [read_merge(line, vocab) for line in lines]

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,12 +31,39 @@ from tqdm import tqdm
 
 from data import Corpus, DataConfig, TokenizerConfig, prepare
 from generate import Sampling, generate, load_weights
-from model import ModelConfig, Transformer, count_parameters, preset_in, training_flops
+from model import (
+    ModelConfig,
+    Transformer,
+    count_parameters,
+    parameters_of,
+    preset_in,
+    training_flops,
+)
 from objectives import OBJECTIVES
 from optim import OPTIMIZERS, OptimConfig, learning_rate
 from packing import Mixture, whole
-from run import Run, UserError, load_tensors, main, plot_loss, read_json, settings, value_of
-from step import commit, evaluate, machine, matmul_peak, pick_device, pick_dtype, to, update
+from run import (
+    Run,
+    UserError,
+    check_free,
+    load_tensors,
+    main,
+    plot_loss,
+    read_json,
+    settings,
+    value_of,
+)
+from step import (
+    check_memory,
+    commit,
+    evaluate,
+    machine,
+    matmul_peak,
+    pick_device,
+    pick_dtype,
+    to,
+    update,
+)
 
 
 @dataclass(frozen=True)
@@ -63,11 +90,13 @@ class Train:
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "evaluate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, at most {MOST:,}")
 
 
-MAY_CHANGE = {"steps", "evaluate_every", "save_every", "device"}  # when a run is resumed
+MOST = 10**9  # of whatever is counted here
+# What may differ when a run is resumed; of the text it is proved that it is still the same.
+MAY_CHANGE = {"name", "resume", "steps", "evaluate_every", "save_every", "device", "data.path"}
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -89,11 +118,9 @@ def parse(arguments: list[str]) -> tuple[Train, Run | None, list[str]]:
         return config, None, []
     config = replace(config, name=default.name, resume=False)
     changed = changes(default, config)
-    fixed = [text for name, text in changed.items() if name not in MAY_CHANGE]
-    if fixed:
+    if fixed := unchangeable(changed):
         raise UserError(
-            f"{run.folder} cannot go on with another setting of {', '.join(fixed)}: "
-            "start a new run for that"
+            f"{run.folder} cannot go on with another setting of {fixed}: start a new run for that"
         )
     return config, run, list(changed.values())
 
@@ -115,6 +142,20 @@ def changes(old: object, new: object, prefix: str = "") -> dict[str, str]:
     if "steps" in found:
         found["steps"] += " (over which the learning rate's schedule now goes)"
     return found
+
+
+def unchangeable(changed: dict[str, str]) -> str:
+    """Those of `changes` that would make another run of it."""
+    return ", ".join(text for name, text in changed.items() if name not in MAY_CHANGE)
+
+
+def lasting(config: Train) -> dict:
+    """The settings that make a run what it is, for its checkpoints."""
+    values = asdict(config)
+    for name in MAY_CHANGE:
+        *outer, last = name.split(".")
+        del (values[outer[0]] if outer else values)[last]
+    return values
 
 
 def complete(config: Train, tokens: int) -> Train:
@@ -171,13 +212,17 @@ def introduce(run: Run, training: "Training", changed: list[str]) -> float:
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM ask to stop after the step; a second one stops at once."""
+    """While open, Ctrl-C, SIGTERM and SIGHUP, a terminal that closes, ask to stop after the step.
+
+    A second one stops at once.
+    """
 
     def __init__(self):
         self.asked = False
 
     def __enter__(self) -> "Interrupt":
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+        self.before = {s: signal.signal(s, self.ask) for s in (getattr(signal, n) for n in names)}
         return self
 
     def __exit__(self, *error) -> None:
@@ -197,11 +242,16 @@ class Training:
         self.config, self.corpus = config, corpus
         device = pick_device(config.device)
         self.dtype = getattr(torch, config.dtype)
+        tokens = config.batch * config.model.context
+        kept = 2 * 4 * tokens * config.model.dim * config.model.layers  # of what backward needs
+        check_memory(16 * parameters_of(config.model) + kept, device)
         self.model = Transformer(config.model, config.seed).to(device)
         make = OPTIMIZERS[config.optim.name]
         self.optimizer = make(self.model.named_parameters(), config.optim, self.dtype)
         end = corpus.tokenizer.end_of_text
-        self.rows = Mixture(corpus.train, config.model.context, end, config.seed, corpus.parts)
+        self.rows = Mixture(
+            corpus.train, config.model.context, end, config.seed, corpus.parts, config.data.packing
+        )
         self.objective = OBJECTIVES[config.objective]
         self.step = 0
 
@@ -212,19 +262,24 @@ class Training:
         batches = [to(self.objective(self.rows.take(c.batch)), device) for _ in range(c.accumulate)]
         lr = learning_rate(c.optim, self.step, c.steps)
         loss, _, norm = update(self.model, batches, self.optimizer, lr, c.optim.clip, self.dtype)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.step + 1}: the run has diverged; lower "
-                f"--optim.lr from {c.optim.lr} and start again"
-            )
         self.step += 1
+        self.check("loss", loss)
+        self.check("gradient's norm", norm)
         return loss, norm
+
+    def check(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {what} is {value} at step {self.step}: the run has diverged; lower "
+                f"--optim.lr from {self.config.optim.lr} and start again"
+            )
 
     def bits_per_byte(self) -> float:
         """−log₂ p of the held-out documents, ends included, over their bytes."""
         c, tokenizer, device = self.config, self.corpus.tokenizer, self.model.embedding.device
         rows = whole(self.corpus.held, c.model.context, 4 * c.batch, tokenizer.end_of_text)
         nats, _ = evaluate(self.model, (to(self.objective(r), device) for r in rows), self.dtype)
+        self.check("loss on the held-out documents", nats)
         return nats / math.log(2) / self.corpus.meta["held"]["bytes"]
 
     def texts(self) -> dict[str, str]:
@@ -234,13 +289,18 @@ class Training:
         return {"text": mark, "held_out": meta["held"]["hash"]}
 
     def save(self, run: Run) -> None:
-        info = {"place": self.rows.place, **self.texts()}
+        info = {"place": self.rows.place, **self.texts(), "settings": lasting(self.config)}
         run.save(self.step, self.model.state_dict(), self.optimizer.state(), info)
 
     def load(self, run: Run) -> None:
         """Take up the newest whole checkpoint; a run stopped before its first one starts anew."""
         if run.checkpoints():
             self.take_up(run.newest(), run)
+        elif len(run.metrics()) >= stored(run).save_every:
+            raise UserError(
+                f"the checkpoints of {run.folder} are gone, though it has some steps behind it: "
+                "put them back, or start a new run"
+            )
         else:
             run.log(f"{run.folder} was stopped before its first checkpoint: it starts anew")
         run.forget_after(self.step)
@@ -254,6 +314,12 @@ class Training:
             raise UserError(
                 f"the text is not the one that {run.folder} was trained on: a file of "
                 "--data.path, or this Python, has changed since; start a new run"
+            )
+        before = settings(Train, info.get("settings"), str(folder / "train_state.json"))
+        if fixed := unchangeable(changes(before, self.config)):
+            raise UserError(
+                f"{folder} was made with another setting of {fixed}, as {run.folder} has it now: "
+                "start a new run for that"
             )
         if step > self.config.steps:
             raise UserError(
@@ -300,10 +366,13 @@ def loop(training: Training, run: Run, peak: float) -> bool:
             last = training.step == c.steps
             if last or training.step % c.evaluate_every == 0:
                 row["bits_per_byte"] = training.bits_per_byte()
-                run.log(
-                    f"step {training.step:6,}   loss {loss:.3f} nats per token   "
-                    f"held out {row['bits_per_byte']:.3f} bits per byte"
-                )
+                try:
+                    run.log(
+                        f"step {training.step:6,}   loss {loss:.3f} nats per token   "
+                        f"held out {row['bits_per_byte']:.3f} bits per byte"
+                    )
+                except BrokenPipeError:  # whoever read this has gone, as after Ctrl-C
+                    interrupt.asked = True
             run.measure(**row, seconds=seconds)
             if last or training.step % c.save_every == 0:
                 training.save(run)
@@ -329,13 +398,15 @@ def finish(training: Training, run: Run, seconds: float) -> None:
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
     run.log(
         f"\npicture: {plot_loss(run, lzma)}\n"
-        f"more:    python generate.py --run {run.folder.name} --prompt 'Return the'"
+        f"more:    {shlex.join(['python', 'generate.py', '--run', run.name])} --prompt 'Return the'"
     )
 
 
 def script() -> None:
     config, run, changed = parse(sys.argv[1:])
     pick_device(config.device)  # before long work
+    if run is None and config.name:
+        check_free(config.name)
     corpus = prepare(config.data, config.tokenizer)
     config = complete(config, corpus.tokenizer.vocab_size)
     training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
@@ -345,8 +416,9 @@ def script() -> None:
         training.load(run)
         with run.writing(run.folder / "config.json"):
             run.keep(config)
-    with run.writing(run.folder / "tokenizer.json"):  # a resumed run may lack it, if it was killed
-        corpus.tokenizer.save(run.folder / "tokenizer.json")
+    path = run.folder / corpus.tokenizer.file_name
+    with run.writing(path):  # a resumed run may lack it, if it was killed
+        corpus.tokenizer.save(path)
     peak = introduce(run, training, changed)
     start = time.perf_counter()
     if not loop(training, run, peak):

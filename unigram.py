@@ -13,31 +13,26 @@ model that they mean the same.
 SentencePiece's normalization comes first: replacements, collapsed blanks, and ▁ for blank, of which
 one is put before the first word. `load` reads its .model files, Llama's and T5's, with its ids.
 
-Run: python unigram.py
-     python -m pytest tests/test_unigram.py
+Run: python -m pytest tests/test_unigram.py
 
 Papers: Kudo 2018, "Subword Regularization" (arXiv 1804.10959); Kudo and Richardson 2018,
 "SentencePiece" (arXiv 1808.06226); Sennrich et al. 2016 (arXiv 1508.07909) for the pairs.
 """
 
-import hashlib
 import heapq
 import math
 import random
 import re
 from array import array
+from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from reprlib import repr as short
 from typing import Self
 
-from tqdm import tqdm
-
-from processes import in_processes, sum_of
 from run import write_whole
 from sentencepiece_files import (
     MODEL_TYPES,
@@ -54,9 +49,20 @@ from sentencepiece_files import (
     write_model,
 )
 from unigram_learning import END, UNKNOWN_PENALTY, learn, required_characters
-from vocabulary import CACHED_PIECES, END_OF_TEXT, Memory, Tokenizer, special_regex
+from vocabulary import (
+    CACHED_PIECES,
+    END_OF_TEXT,
+    Memory,
+    Span,
+    Tokenizer,
+    counted,
+    loading,
+    room_for,
+    special_regex,
+)
 
 WORDS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+ESCAPED = re.compile("[\ud800-\udfff]")  # what surrogateescape makes of a byte
 SPLIT = re.compile(f"{SPACE}?[^{SPACE}{END}]+|{SPACE}")  # as SentencePiece does it in training
 
 # --- pieces -> the best ways to cut ---------------------------------------------------------------
@@ -210,17 +216,19 @@ class SentencePiece(Tokenizer):
     trainer: Trainer
     normalizer: Normalizer
 
+    file_name = "tokenizer.model"
+    model_type = 0  # a key of MODEL_TYPES
+
     def __post_init__(self):
-        self._by_text = {piece.text: id for id, piece in enumerate(self.pieces)}
-        if len(self._by_text) < len(self.pieces):
-            raise ValueError("two of its pieces are the same")
-        if "" in self._by_text:
+        self.trainer = replace(self.trainer, model_type=self.model_type)
+        self._set_tokens([piece.text for piece in self.pieces])
+        if len(self._tokens) < len(self.pieces):
             raise ValueError("one of its pieces is empty")
         kinds = [piece.kind for piece in self.pieces]
         if kinds.count(Kind.UNKNOWN) != 1:
             raise ValueError("not exactly one of its pieces stands for what is unknown")
-        self._unknown = kinds.index(Kind.UNKNOWN)
-        self.special = {text: id for text, id in self._by_text.items() if kinds[id] == Kind.CONTROL}
+        self.unknown_id = kinds.index(Kind.UNKNOWN)
+        self.special = {text: id for text, id in self._ids.items() if kinds[id] == Kind.CONTROL}
         self._special = special_regex(self.special)
         self._set_bytes()
         defined = [piece.text for piece in self.pieces if piece.kind == Kind.USER_DEFINED]
@@ -244,24 +252,11 @@ class SentencePiece(Tokenizer):
             raise ValueError("byte_fallback is on, but not every byte has a piece")
         self._byte_ids = {byte: id for id, byte in self._bytes.items()}
 
-    def __reduce__(self):  # for pickle: the fields rebuild the rest
-        return type(self), (self.pieces, self.trainer, self.normalizer)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.pieces)
-
     @property
     def end_of_text(self) -> int:
         """The id that stands between documents: END_OF_TEXT, or what the file calls its end."""
         ends = self.trainer.eos_piece if END_OF_TEXT not in self.special else END_OF_TEXT
         return self.special[ends] if ends in self.special else super().end_of_text
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Differs where anything differs: a key for whatever is cached with these ids."""
-        content = type(self).__name__, self.pieces, self.trainer, self.normalizer
-        return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
     # --- encoding
 
@@ -280,11 +275,11 @@ class SentencePiece(Tokenizer):
         """
         at, run = 0, None
         for id in ids:
-            end = at + (1 if id == self._unknown else len(self.pieces[id].text))
-            if run is not None and id != self._unknown:
-                yield self._unknown, run, at
+            end = at + (1 if id == self.unknown_id else len(self.pieces[id].text))
+            if run is not None and id != self.unknown_id:
+                yield self.unknown_id, run, at
                 run = None
-            if id != self._unknown:
+            if id != self.unknown_id:
                 yield id, at, end
             elif self._bytes:
                 *most, last = normal[at].encode()
@@ -294,106 +289,79 @@ class SentencePiece(Tokenizer):
                 run = at
             at = end
         if run is not None:
-            yield self._unknown, run, at
+            yield self.unknown_id, run, at
 
-    def encode(self, text: str, special: str = "text") -> list[int]:
-        """text -> ids. What a special token inside the text means is for the caller to say.
+    def _encode(self, text: str) -> list[int]:
+        normal = self.normalize(text)
+        cut = self._cut(normal)
+        unknown = self.unknown_id in cut
+        return [id for id, *_ in self._placed(cut, normal)] if unknown else cut
 
-        "text": its letters, as in SentencePiece, so that no user can forge one · "ids": its id,
-        the longest where several begin, between texts that are normalized each alone · "refuse":
-        ValueError. A lone surrogate is a ValueError, too.
+    def _spans(self, text: str) -> Iterable[Span]:
+        """Blanks that were dropped belong to the token before them.
+
+        Of a character that is given in bytes the last has all and the others nothing.
         """
-        ids: list[int] = []
-        for at, part in enumerate(self._parts(text, special)):
-            if at % 2:
-                ids.append(self.special[part])
-                continue
-            normal = self.normalize(part)
-            cut = self._cut(normal)
-            ids += [id for id, *_ in self._placed(cut, normal)] if self._unknown in cut else cut
-        return ids
+        normal, origins = self.aligned(text)
+        for _, begin, end in self._placed(self._cut(normal), normal):
+            yield origins[begin], origins[end]
 
-    def spans(self, text: str, special: str = "text") -> list[tuple[int, int]]:
-        """Of each id of `encode` where its part of the text begins and ends, in characters.
-
-        Blanks that were dropped belong to the token before them. Of a character that is given in
-        bytes the last has all and the others nothing.
-        """
-        out, start = [], 0
-        for at, part in enumerate(self._parts(text, special)):
-            if at % 2:
-                out.append((start, start + len(part)))
-            else:
-                normal, origins = self.aligned(part)
-                for _, begin, end in self._placed(self._cut(normal), normal):
-                    out.append((start + origins[begin], start + origins[end]))
-            start += len(part)
-        return out
-
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """ids -> text, as SentencePiece does it.
 
         ▁ becomes blank, but not the first, which `normalize` put there (with
         remove_extra_whitespaces none before the first letter). Control tokens are invisible. Bytes
         that are not UTF-8 become U+FFFD each.
         """
-        out, held = [], bytearray()
-        first, dropped, collapse = True, False, self.normalizer.remove_extra_whitespaces
+        decoder = getincrementaldecoder("utf-8")("surrogateescape")
+        collapse = self.normalizer.remove_extra_whitespaces
+        begun = held = False  # has any text come, are there bytes that wait for others
+
+        def letters(data: bytes = b"") -> str:
+            """What is whole with these bytes; without any, all that is left."""
+            return ESCAPED.sub("\ufffd", decoder.decode(data, final=not data))
+
         for id in ids:
-            if not 0 <= id < len(self.pieces):
-                raise ValueError(
-                    f"id {id} is not among the {self.vocab_size} of this vocabulary: decode with "
-                    "the tokenizer that encoded"
-                )
+            text = self.token(id)
             if id in self._bytes:
-                held.append(self._bytes[id])
+                begun = held = True
+                yield letters(bytes([self._bytes[id]]))
                 continue
-            out.append(from_utf8(held))
-            held.clear()
-            first = first and not dropped and not any(out[-2:])  # those before were empty
-            text, dropped = self.pieces[id].text, False
-            if id == self._unknown:
+            if id == self.unknown_id:
                 text = self.trainer.unk_surface
             elif text in self.special:
                 text = ""
-            elif first and text[0] == SPACE and (collapse or self.normalizer.add_dummy_prefix):
-                text, dropped = text[1:], not collapse
-            out.append(text if id == self._unknown else text.replace(SPACE, " "))
-        return "".join([*out, from_utf8(held)])
+            elif not begun and text[0] == SPACE and (collapse or self.normalizer.add_dummy_prefix):
+                text, begun = text[1:].replace(SPACE, " "), not collapse
+            else:
+                text = text.replace(SPACE, " ")
+            begun = begun or text != ""
+            yield letters() + text if held else text
+            held = False
+        yield letters()
 
     # --- files
 
     def save(self, path: str | Path) -> None:
         """Write a .model file that sentencepiece reads, whole or not at all."""
-        kind = {name: number for number, name in MODEL_TYPES.items()}[MODEL_OF[type(self)]]
-        trainer = replace(self.trainer, model_type=kind)
-        write_whole(Path(path), write_model(Model(self.pieces, trainer, self.normalizer)))
+        write_whole(Path(path), write_model(Model(self.pieces, self.trainer, self.normalizer)))
 
     @classmethod
     def load(cls, path: str | Path) -> "SentencePiece":
         """Read a .model file, as a Unigram or a SentencePieceBPE, or say why that cannot be."""
-        try:
+        with loading(path, cls.__name__):
             model = read_model(Path(path).read_bytes())
-            name = MODEL_TYPES.get(model.trainer.model_type, "unknown")
-            for kind, its_name in MODEL_OF.items():
-                if name == its_name:
+            for kind in (Unigram, SentencePieceBPE):
+                if kind.model_type == model.trainer.model_type:
                     return kind(*model)
+            name = MODEL_TYPES.get(model.trainer.model_type, "unknown")
             raise ValueError(f"it cuts into words or characters: its model_type is {name}")
-        except ValueError as error:
-            raise ValueError(
-                f"{path} cannot be loaded as a SentencePiece model ({error}): choose another file, "
-                "or write this one again with save"
-            ) from None
-
-
-def from_utf8(data: bytes) -> str:
-    """Every byte that is not part of a character becomes U+FFFD."""
-    text = data.decode(errors="surrogateescape")
-    return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 class Unigram(SentencePiece):
     """The likeliest pieces: the segmentation of the highest sum of log-probabilities."""
+
+    model_type = 1
 
     def __post_init__(self):
         scores = [piece.score for piece in self.pieces if piece.kind == Kind.NORMAL]
@@ -418,7 +386,7 @@ class Unigram(SentencePiece):
             further = [(end, *found) for end in range(at + 1, at + self._longest.get(char, 0) + 1)
                        if (found := known(word[at:end])) and end <= len(word)]  # fmt: skip
             if not further or further[0][0] > at + 1:
-                further.insert(0, (at + 1, self._unknown, self._unknown_score))
+                further.insert(0, (at + 1, self.unknown_id, self._unknown_score))
             out.append(further)
         return out
 
@@ -479,8 +447,6 @@ class Unigram(SentencePiece):
         blank or a special token, or mixes scripts. Many texts are counted in several processes
         (0: one for each core).
         """
-        if isinstance(texts, str):
-            raise ValueError("texts must be several texts: write [text] for a single one")
         if isinstance(normalizer, str):
             if normalizer not in NORMALIZATIONS:
                 names = ", ".join(NORMALIZATIONS)
@@ -494,15 +460,13 @@ class Unigram(SentencePiece):
         trainer = Trainer(byte_fallback=byte_fallback, bos_id=-1, eos_id=-1)
         counts = cls(fixed, trainer, normalizer).count_words(texts, progress, processes)
         kept = required_characters(counts, character_coverage) or {SPACE}  # sentencepiece wants one
-        room = vocab_size - len(fixed)
-        if room < len(kept):
-            raise ValueError(f"vocab_size must be {vocab_size - room + len(kept)} or more, not "
-                             f"{vocab_size}, or character_coverage less")  # fmt: skip
+        least = len(fixed) + len(kept)
+        room = len(kept) + room_for(vocab_size, least, ", or character_coverage less")
         others = str.maketrans(dict.fromkeys({*"".join(counts)} - kept, END))
         known: Counter[str] = Counter()
         for word, times in counts.items():
             known[word.translate(others)] += times
-        found = learn(known, vocab_size, room, longest, progress) or {SPACE: 0.0}
+        found = learn(known, len(fixed) + room, room, longest, progress) or {SPACE: 0.0}
         pieces = [*fixed, *(Piece(text, float32(p)) for text, p in found.items())]
         return cls(pieces, replace(trainer, vocab_size=len(pieces)), normalizer)
 
@@ -511,21 +475,21 @@ class Unigram(SentencePiece):
     ) -> Counter[str]:
         """How often each word occurs in the normalized texts; special tokens separate texts."""
 
-        def count(texts: list[str]) -> Counter[str]:
+        def cut(parts: Iterable[str]) -> Counter[str]:
             counts: Counter[str] = Counter()
-            for text in texts:
-                for part in self._special.split(text)[::2]:
-                    if words := SPLIT.findall(self.normalize(part)):
-                        words[-1] += END
-                    counts.update(words)
+            for part in parts:
+                if words := SPLIT.findall(self.normalize(part)):
+                    words[-1] += END
+                counts.update(words)
             return counts
 
-        texts = tqdm(texts, "count words", unit=" texts", disable=None if progress else True)
-        return sum_of(in_processes(count, texts, processes))
+        return counted(texts, cut, self.special, progress, processes)
 
 
 class SentencePieceBPE(SentencePiece):
     """Pairs joined in the order of their scores, as in Llama 2; it is loaded, not trained."""
+
+    model_type = 2
 
     def __post_init__(self):
         super().__post_init__()
@@ -547,36 +511,16 @@ class SentencePieceBPE(SentencePiece):
         while waiting:
             text = waiting.pop()
             if text not in self._unused:
-                ids.append(self._by_text.get(text, self._unknown))
+                ids.append(self._ids.get(text, self.unknown_id))
             elif text in seen:  # its parts come out instead
                 waiting += seen[text][::-1]
             else:
-                ids.append(self._unknown)
+                ids.append(self.unknown_id)
         return ids
 
 
-MODEL_OF = {Unigram: "unigram", SentencePieceBPE: "bpe"}
 NORMALIZATIONS = {  # name -> replacements, and whether blanks are collapsed
     "lossless": ("identity", False),  # but for ▁ itself
     "identity": ("identity", True),
     "nfkc": ("nfkc", True),
 }
-
-
-def main() -> None:
-    """Learn from Python's manual; cut a sentence in the best ways, then at random."""
-    from pydoc_data.topics import topics
-
-    tokenizer, text = Unigram.train(topics.values(), 2048), "unbelievable representations"
-    print(f"Python's manual: {tokenizer.vocab_size:,} tokens. The best ways to cut {text!r}:\n")
-    for ids, score in tokenizer.n_best(text, 5):
-        print(f"{score:8.2f}  " + " ".join(tokenizer.pieces[id].text for id in ids))
-    print("\nSome ways drawn at random (α = 0.3):\n")
-    draw = random.Random(0)
-    for _ in range(5):
-        ids = tokenizer.sample(text, 0.3, draw)
-        print(10 * " " + " ".join(tokenizer.pieces[id].text for id in ids))
-
-
-if __name__ == "__main__":
-    main()

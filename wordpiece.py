@@ -19,14 +19,12 @@ Papers: Schuster and Nakajima 2012, "Japanese and Korean Voice Search" (learn wh
 most likely); Devlin et al. 2018, BERT (arXiv 1810.04805); Song et al. 2021 (arXiv 2012.15524).
 """
 
-import hashlib
 import json
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property, partial
-from itertools import accumulate, chain, count, islice, pairwise
+from dataclasses import asdict, dataclass
+from itertools import accumulate, chain, count, pairwise
 from operator import add
 from pathlib import Path
 from reprlib import repr as short
@@ -36,13 +34,21 @@ from unicodedata import category, combining
 from unicodedata import normalize as unicode_form
 
 import numpy as np
-from tqdm import tqdm
 
 from merges import seams
-from processes import in_processes, sum_of
 from run import write_whole
 from tokenizer_files import read_special
-from vocabulary import CACHED_PIECES, END_OF_TEXT, Memory, Tokenizer, special_regex
+from vocabulary import (
+    CACHED_PIECES,
+    END_OF_TEXT,
+    Memory,
+    Span,
+    Tokenizer,
+    counted,
+    loading,
+    room_for,
+    up_to,
+)
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", END_OF_TEXT)
 INSIDE = "##"  # before a piece that does not begin a word
@@ -143,20 +149,20 @@ class Words(dict):
 
 
 def count_words(
-    texts: Iterable[str], normalizer: Normalizer, special: Iterable[str] = (), processes: int = 0
+    texts: Iterable[str],
+    normalizer: Normalizer,
+    special: Iterable[str] = (),
+    progress: bool = False,
+    processes: int = 0,
 ) -> Counter[str]:
     """How often each word occurs; special tokens separate texts and are not counted."""
-    words, borders = Words(normalizer), special_regex(special)
+    words = Words(normalizer)
 
-    def count_group(texts: list[str]) -> Counter[str]:
-        chunks: Counter[str] = Counter()
-        for text in texts:
-            text.encode()  # a lone surrogate is a ValueError here, with its position
-            for part in borders.split(text)[::2]:  # the odd parts are the special tokens
-                chunks.update(CHUNKS.findall(part))
+    def cut(parts: Iterable[str]) -> Counter[str]:
+        chunks = Counter(chain.from_iterable(map(CHUNKS.findall, parts)))
         return weighed((words.of(chunk), times) for chunk, times in chunks.items())
 
-    return sum_of(in_processes(count_group, texts, processes))
+    return counted(texts, cut, special, progress, processes)
 
 
 def weighed(groups: Iterable[tuple[Iterable[Any], int]]) -> Counter[Any]:
@@ -352,33 +358,20 @@ class WordPiece(Tokenizer):
     cleanup: bool = True  # whether decode leaves out the blank before . , ? and !
 
     def __post_init__(self):
-        self._tokens = {id: token for id, token in enumerate(self.tokens) if token}
-        self._ids = {token: id for id, token in self._tokens.items()}
-        if len(self._ids) != len(self._tokens):
-            raise ValueError("two ids have the same piece")
-        for text, id in self.special.items():
-            clash = id in self._tokens or text in self._ids
-            if clash or id < 0 or not text or not text.isprintable():
-                what = f"special token {short(text)} with id {id}"
-                raise ValueError(f"{what} is empty, unprintable or clashes with another token")
-            self._tokens[id] = text
+        self._set_tokens(self.tokens)
+        self._add_special(str)
         "".join(self._tokens.values()).encode()  # a lone surrogate is a ValueError
-        self._unknown = self._ids.get(self.unknown, self.special.get(self.unknown))
-        if self._unknown is None:
+        self.unknown_id = self._ids.get(self.unknown, self.special.get(self.unknown))
+        if self.unknown_id is None:
             raise ValueError(f"it lacks the token {short(self.unknown)} for words that are unknown")
         if not 1 <= self.longest_word <= 1000:  # links of longer pieces may need any memory
             raise ValueError(f"words of {self.longest_word} letters are not among 1 to 1000")
-        if self.vocab_size > 2 * len(self._tokens) + 1024:
-            raise ValueError(f"its ids up to {self.vocab_size - 1} are far more than its tokens")
         longest = self.longest_word + len(INSIDE)
         self._trie = build_trie({t: id for t, id in self._ids.items() if len(t) <= longest})
-        self._special, words_of = special_regex(self.special), Words(self.normalizer).of
+        words_of = Words(self.normalizer).of
         self._words = Memory(self._encode_word, CACHED_PIECES)
         known = self._words.__getitem__
         self._chunks = Memory(lambda c: chain.from_iterable(map(known, words_of(c))), CACHED_PIECES)
-
-    def __reduce__(self):  # for pickle: the fields rebuild the rest
-        return WordPiece, tuple(getattr(self, f.name) for f in fields(self))
 
     @classmethod
     def train(
@@ -402,87 +395,47 @@ class WordPiece(Tokenizer):
         if score not in SCORES or min_count < 1:
             known = " or ".join(SCORES)
             raise ValueError(f"score must be {known}, not {score!r}, and min_count 1 or more")
-        if isinstance(texts, str):
-            raise ValueError("texts must be several texts: write [text] for a single one")
-        bar = partial(tqdm, disable=None if progress else True)
-        special, texts = list(dict.fromkeys(special)), bar(texts, "count words", unit=" texts")
-        counts = count_words(texts, normalizer, special, processes)
+        special = list(dict.fromkeys(special))
+        counts = count_words(texts, normalizer, special, progress, processes)
         kept = [char for char, _ in weighed(counts.items()).most_common(alphabet)]
         apart = {c for c in kept if is_punctuation(c) or normalizer.sets_apart(c)}
         tokens = [*[""] * len(special), *sorted(kept), *sorted(INSIDE + c for c in {*kept} - apart)]
-        room = vocab_size - len(tokens)
-        if room < 0:
-            least = f"{len(tokens)} or more, not {vocab_size}, or alphabet smaller"
-            raise ValueError(f"vocab_size must be {least}")
+        room = room_for(vocab_size, len(tokens), ", or alphabet smaller")
         usable = frozenset(kept).issuperset
         words = {w: n for w, n in counts.items() if len(w) <= LONGEST_WORD and usable(w)}
-        learnt = islice(learn_pieces(words, score, min_count), room)
-        tokens += [piece for piece, _ in bar(learnt, "merge", room)]
+        learnt = up_to(room, learn_pieces(words, score, min_count), progress)
+        tokens += [piece for piece, _ in learnt]
         return cls(tokens, {text: id for id, text in enumerate(special)}, normalizer)
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self._tokens) + 1
+    def _encode(self, text: str) -> Iterable[int]:
+        return chain.from_iterable(map(self._chunks.__getitem__, CHUNKS.findall(text)))
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Differs where anything differs: a key for whatever is cached with these ids."""
-        content = asdict(self) | {"special": sorted(self.special.items())}
-        return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
+    def _spans(self, text: str) -> Iterable[Span]:
+        """From the first to the last character that left something.
 
-    def encode(self, text: str, special: str = "text") -> list[int]:
-        """text -> ids. What a special token inside the text means is for the caller to say.
-
-        "text": its letters, like any others, so that no user can forge one · "ids": its id, the
-        longest where several begin · "refuse": ValueError. A lone surrogate is a ValueError, too.
+        An accent or a control character that was dropped is inside at most.
         """
-        ids: list[int] = []
-        for at, part in enumerate(self._parts(text, special)):  # ordinary and special in turn
-            if at % 2:
-                ids.append(self.special[part])
-            else:
-                chunks = CHUNKS.findall(part)
-                ids.extend(chain.from_iterable(map(self._chunks.__getitem__, chunks)))
-        return ids
-
-    def spans(self, text: str, special: str = "text") -> list[tuple[int, int]]:
-        """Start and end, in the original text, of what each token of `encode` stands for.
-
-        From the first to the last character that left something: an accent or a control character
-        that was dropped is inside at most.
-        """
-        spans, start = [], 0
-        for at, part in enumerate(self._parts(text, special)):
-            words = [] if at % 2 else cut(normalize(part, self.normalizer))
-            spans += [(start, start + len(part))] * (at % 2)
-            for word in words:
-                ids = self._words[as_text(word)]
-                inside = [len(self.tokens[id]) - len(INSIDE) for id in ids[1:]]
-                lengths = [len(word) - sum(inside), *inside]  # of an unknown word, that of all
-                for a, b in pairwise(accumulate(lengths, initial=0)):
-                    places = [start + place for _, place in word[a:b]]
-                    spans.append((min(places), max(places) + 1))
-            start += len(part)
-        return spans
+        for word in cut(normalize(text, self.normalizer)):
+            ids = self._words[as_text(word)]
+            inside = [len(self.tokens[id]) - len(INSIDE) for id in ids[1:]]
+            lengths = [len(word) - sum(inside), *inside]  # of an unknown word, that of all
+            for a, b in pairwise(accumulate(lengths, initial=0)):
+                places = [place for _, place in word[a:b]]
+                yield min(places), max(places) + 1
 
     def _encode_word(self, word: str) -> list[int]:
         ids = match(word, self._trie) if len(word) <= self.longest_word else None
-        return [self._unknown] if ids is None else ids
+        return [self.unknown_id] if ids is None else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """ids -> text: words behind blanks, except before . , ? and ! if `cleanup`."""
-        try:
-            tokens = [self._tokens[id] for id in ids]
-        except KeyError as error:
-            raise ValueError(
-                f"id {error} is not among the {self.vocab_size} of this vocabulary: decode with "
-                "the tokenizer that encoded"
-            ) from None
-        tokens[1:] = [t[len(INSIDE) :] if t.startswith(INSIDE) else " " + t for t in tokens[1:]]
-        for untidy, tidy in TIDY.items() if self.cleanup else ():
-            tokens = [token.replace(untidy, tidy) for token in tokens]
-        return "".join(tokens)
+        for at, id in enumerate(ids):
+            token = self.token(id)
+            if at:
+                token = token[len(INSIDE) :] if token.startswith(INSIDE) else " " + token
+            for untidy, tidy in TIDY.items() if self.cleanup else ():
+                token = token.replace(untidy, tidy)
+            yield token
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face tokenizer.json, whole or not at all."""
@@ -504,18 +457,13 @@ class WordPiece(Tokenizer):
         (post_processor, truncation, padding) is ignored.
         """
         path = Path(path)
-        try:
-            if path.is_dir():
-                path = next((p for p in map(path.joinpath, FILES) if p.is_file()), path / FILES[0])
+        if path.is_dir():
+            path = next((p for p in map(path.joinpath, FILES) if p.is_file()), path / FILES[0])
+        with loading(path, cls.__name__):
             data = path.read_bytes()
             if data.lstrip().startswith(b"{"):
                 return cls(*from_json(json.loads(data)))
             return cls(*from_lines(data), normalizer)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} cannot be loaded as WordPiece ({error}): choose another file, or write "
-                "this one again with WordPiece.save"
-            ) from None
 
 
 # --- files ----------------------------------------------------------------------------------------

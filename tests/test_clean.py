@@ -1,8 +1,11 @@
 """Laws of clean.py: each document is kept or dropped for a reason, and nothing is known twice."""
 
 import json
+import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -10,7 +13,7 @@ from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from pydoc_data.topics import topics
-from subprocess import PIPE, Popen
+from subprocess import DEVNULL, PIPE, Popen
 
 import pytest
 from conftest import ROOT
@@ -204,6 +207,54 @@ from pathlib import Path
 corpus = prepare(DataConfig(sys.argv[1], clean="docs"), TokenizerConfig(), cache=Path(sys.argv[2]))
 print(corpus.meta["train"], corpus.meta["steps"])
 """
+
+
+IN_PIECES = """
+import os, sys, processes
+os.sched_setaffinity(0, range(int(sys.argv[3])))
+processes.GROUP = int(sys.argv[4])
+"""
+
+
+def made(folder: Path, rng: random.Random) -> Popen:
+    """A process that makes token files, with some number of its own, in groups of some size."""
+    words = [folder / "corpus.jsonl", folder / "cache", rng.randint(1, 2), rng.randint(9000, 99000)]
+    code = IN_PIECES + MAKE_TOKENS
+    return Popen([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, stdout=DEVNULL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="os.sched_setaffinity")
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_token_files_made_by_killed_processes_are_the_same_byte_for_byte(tmp_path, kills):
+    """kill -9 at any moment, then again: what is there at last does not tell."""
+    rng, (whole, folder) = random.Random(0), (tmp_path / "whole", tmp_path / "killed")
+    for place in (whole, folder):
+        place.mkdir()
+        written(place, planted(0)[0])
+    start = time.monotonic()
+    assert made(whole, rng).wait(120) == 0
+    seconds, hits = time.monotonic() - start, 0
+    while hits < kills:
+        process = made(folder, rng)
+        time.sleep(rng.uniform(0.3, 1) * seconds)
+        process.kill()
+        hits += process.wait() == -signal.SIGKILL
+        assert all((key / "meta.json").exists() for key in (folder / "cache").glob("[!.]*"))
+        if process.returncode == 0:  # it was faster; the next one begins anew
+            assert files_in(folder) == files_in(whole)
+            shutil.rmtree(folder / "cache")
+    assert made(folder, rng).wait(120) == 0
+    assert files_in(folder) == files_in(whole)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The token files; of their description all but where the text stood."""
+    (key,) = (folder / "cache").glob("[!.]*")
+    contents = {path.name: path.read_bytes() for path in key.iterdir()}
+    assert len(contents) >= 6
+    place = str(folder).encode()
+    meta = json.loads(contents["meta.json"].replace(place, b""))
+    return contents | {"meta.json": json.dumps({k: v for k, v in meta.items() if k != "hash"})}
 
 
 def memory_of(pid: int) -> int:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from hashlib import blake2b
-from itertools import accumulate, combinations, product
+from itertools import accumulate, combinations, pairwise, product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,15 +24,16 @@ import data
 import documents
 import packing
 from attention import document_mask
+from bpe import BPE
 from clean import Item, Step, Store, gather
 from data import DataConfig, TokenizerConfig, held_out, prepare, read_all, split
 from dedup import first_copies, text_hashes
 from documents import Document, prose, python_files, standard_library
 from kernels.mask import visible
 from objectives import IGNORE, Rows
-from packing import Mixture, Part, Shards, ShardWriter, Stream, best_fit, cut, fill, whole
+from packing import PACKINGS, Mixture, Part, Shards, ShardWriter, Stream, best_fit, cut, fill, whole
 from run import UserError, read_json
-from tokenizer import BPE, END_OF_TEXT
+from vocabulary import END_OF_TEXT
 
 END = 0
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=20)  # tokens of documents, END included
@@ -60,11 +61,10 @@ def store(folder: Path, documents: list[list[int]], dtype=np.uint32) -> Shards:
     writer = ShardWriter(folder, "train", np.dtype(dtype), END)
     for document in documents:
         writer.write(document[1:], size=1)
-    (folder / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
     close = writer.close()
     assert close == {"documents": len(documents), "bytes": len(documents),
                      "tokens": sum(map(len, documents)), "hash": close["hash"]}  # fmt: skip
-    return Shards(folder, "train")
+    return Shards(folder, "train", close | {"dtype": np.dtype(dtype).name})
 
 
 def pairs_of(documents: list[list[int]]) -> Counter:
@@ -186,14 +186,17 @@ def test_whole_is_every_pair_once_and_always_the_same(tmp_path, sizes, T, B):
 long_enough = lengths.filter(lambda sizes: sum(sizes) > 12)
 
 
-def stream_of(sizes: list[int], T: int, seed: int, name: str = "data") -> Stream:
-    return Stream(np.array(sizes), 0, T, seed, name)
+packings = st.sampled_from(sorted(PACKINGS))
 
 
-@given(long_enough, widths, seeds, st.integers(0, 3))
-def test_an_epoch_visits_everything_once(tmp_path, sizes, T, seed, epoch):
+def stream_of(sizes: list[int], T: int, seed: int, name: str, packing: str) -> Stream:
+    return Stream(np.array(sizes), 0, T, seed, name, packing)
+
+
+@given(long_enough, widths, seeds, st.integers(0, 3), packings)
+def test_an_epoch_visits_everything_once(tmp_path, sizes, T, seed, epoch, packing):
     documents = numbered(sizes)
-    mixture = Mixture(store(fresh(tmp_path), documents), T, END, seed)
+    mixture = Mixture(store(fresh(tmp_path), documents), T, END, seed, packing=packing)
     (stream,) = mixture.streams
     for number in range(epoch + 1):
         rows = mixture.take(len(stream.rows))
@@ -202,37 +205,57 @@ def test_an_epoch_visits_everything_once(tmp_path, sizes, T, seed, epoch):
         stream.seek(number + 1, 0)
 
 
-@given(seeds)
-def test_each_epoch_seed_and_source_has_an_order_of_its_own(seed):
+@given(long_enough, widths, seeds)
+def test_the_plain_stream_is_documents_one_behind_another_cut_every_width(sizes, T, seed):
+    rows = packing.plain(np.array(sizes), T, np.random.default_rng(seed))
+    fills = [sum(piece.length for piece in row) for row in rows]
+    assert all(full == T for full in fills[1:-1]) and 1 <= min(fills) <= max(fills) <= T
+    pieces = [piece for row in rows for piece in row]
+    for one, two in pairwise(pieces):
+        ended = one.begin + one.length == sizes[one.document]
+        assert two.begin == (0 if ended else one.begin + one.length)
+        assert ended or one.document == two.document
+    assert sum(p.length for p in pieces) == sum(sizes)
+    assert len({p.document for p in pieces if p.begin == 0}) == len(sizes)
+
+
+@given(seeds, packings)
+def test_each_epoch_seed_and_source_has_an_order_of_its_own(seed, packing):
     sizes, orders = [3, 5, 7, 20] * 8, []
     for more, epoch, name in product((0, 1), (0, 1), ("a", "b")):
-        stream = stream_of(sizes, 8, seed + more, name)
+        stream = stream_of(sizes, 8, seed + more, name, packing)
         stream.seek(epoch, 0)
         orders.append(str(stream.rows))
     assert len(set(orders)) == 8
-    assert str(stream_of(sizes, 8, seed, "a").rows) == orders[0]
+    assert str(stream_of(sizes, 8, seed, "a", packing).rows) == orders[0]
 
 
 weights = st.lists(st.floats(0, 9), min_size=1, max_size=5).filter(lambda w: sum(w) > 1e-3)
 
 
-def mixed(folder: Path, sizes: list[int], T: int, seed: int, weights: list[float]) -> Mixture:
+def mixed(
+    folder: Path, sizes: list[int], T: int, seed: int, weights: list[float],
+    packing: str = "best_fit",
+) -> Mixture:  # fmt: skip
     """As many sources as weights, each with documents of these sizes."""
     shards = store(folder, numbered(sizes * len(weights)))
     parts = [Part(f"s{k}", k * len(sizes), len(sizes), w) for k, w in enumerate(weights)]
-    return Mixture(shards, T, END, seed, parts)
+    return Mixture(shards, T, END, seed, parts, packing)
 
 
-@given(long_enough, widths, seeds, weights, st.lists(st.integers(1, 9), min_size=1, max_size=5))
+@given(
+    long_enough, widths, seeds, weights, st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    packings,
+)  # fmt: skip
 def test_a_mixture_goes_on_from_its_place_whatever_the_batch(
-    tmp_path, sizes, T, seed, weights, batches
+    tmp_path, sizes, T, seed, weights, batches, packing
 ):
     folder = fresh(tmp_path)
-    single = mixed(folder, sizes, T, seed, weights)
+    single = mixed(folder, sizes, T, seed, weights, packing)
     one_by_one = [single.take(1) for _ in range(sum(batches))]
-    mixture, taken = mixed(folder, sizes, T, seed, weights), 0
+    mixture, taken = mixed(folder, sizes, T, seed, weights, packing), 0
     for B in batches:
-        resumed = mixed(folder, sizes, T, seed, weights)
+        resumed = mixed(folder, sizes, T, seed, weights, packing)
         assert resumed.knows(mixture.place)
         resumed.seek(json.loads(json.dumps(mixture.place)))
         rows = mixture.take(B)
@@ -710,7 +733,8 @@ def test_decoding_the_stored_documents_gives_the_corpus_back(tmp_path, contents,
     assert stored_texts(corpus) == train + kept
     for side, part, shards in (("train", train, corpus.train), ("held", kept, corpus.held)):
         size = len("".join(part).encode())
-        stored = b"".join(file.tobytes() for file in shards.files)
+        offsets = np.append(shards.starts, int(shards.lengths.sum()))
+        stored = b"".join(part.tobytes() for part in (*shards.files, offsets))
         assert corpus.meta[side] == {
             "documents": len(part),
             "bytes": size,
@@ -770,7 +794,7 @@ class Killed(BaseException):
     """As a signal: no `except Exception` sees it."""
 
 
-@pytest.mark.parametrize("point", ["held_out", "make_tokenizer", "encode", "write_json"])
+@pytest.mark.parametrize("point", ["held_out", "make_tokenizer", "encode", "write_sealed"])
 def test_a_stop_in_between_leaves_nothing_half_made(tmp_path, corpus_path, point):
     with patch.object(data, point, side_effect=Killed), pytest.raises(Killed):
         prepare_in(tmp_path)
@@ -817,10 +841,11 @@ FILES = (
 
 @given(seeds)
 def test_a_damaged_cache_is_refused_in_a_sentence(tmp_path, seed):
-    """Or made again, if its description is gone. Not every flipped bit can be known."""
+    """Or made again, if its description is gone. A flipped bit is known, or changes nothing."""
     home = fresh(tmp_path)
     jsonl(home / "a.jsonl", [f"document {i} " * 5 for i in range(40)])
-    want = stored_texts(prepare_in(home))
+    corpus = prepare_in(home)
+    want, known = stored_texts(corpus), corpus.tokenizer.fingerprint
     (key,) = left_in(home / "cache")
     for name, kind in product(FILES, DAMAGES):
         path = home / "cache" / key / name
@@ -830,9 +855,12 @@ def test_a_damaged_cache_is_refused_in_a_sentence(tmp_path, seed):
             assert stored_texts(prepare_in(home)) == want
         elif kind == "flip":
             try:
-                prepare_in(home)
+                again = prepare_in(home)
             except UserError as error:
                 assert key in str(error) and "\n" not in str(error)
+            else:
+                assert stored_texts(again) == want and again.tokenizer.fingerprint == known
+                assert again.meta | corpus.meta == again.meta
         else:
             assert key in refusal(lambda: prepare_in(home))
         path.write_bytes(content)
@@ -855,7 +883,7 @@ def test_a_cache_that_cannot_be_written_is_refused_in_a_sentence(tmp_path, corpu
     write(tmp_path / "cache", "a file in the folder's place")
     assert "cannot write the token files in" in refusal(lambda: prepare_in(tmp_path))
     (tmp_path / "cache").unlink()
-    with patch.object(data, "write_json", side_effect=OSError(28, "No space left on device")):
+    with patch.object(data, "write_sealed", side_effect=OSError(28, "No space left on device")):
         assert "No space left" in refusal(lambda: prepare_in(tmp_path))
     assert left_in(tmp_path / "cache") == []
 

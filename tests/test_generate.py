@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import cache
 from unittest import mock
 
 import numpy as np
@@ -16,11 +17,13 @@ from helpers import array, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bpe import BPE
 from generate import (
     Generate,
     Sampling,
     bench,
     cast,
+    continued,
     distribution,
     draw,
     generate,
@@ -32,7 +35,8 @@ from generate import (
 )
 from model import ModelConfig, Transformer
 from run import Run, UserError
-from tokenizer import BPE, END_OF_TEXT
+from tokenizer import KINDS
+from vocabulary import END_OF_TEXT
 
 SMALL = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, context=12, vocab_size=11)
 
@@ -169,7 +173,12 @@ def test_a_prompt_longer_than_the_context_is_refused():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": 0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}]
+    "bad",
+    [
+        *({"temperature": t} for t in (0, float("nan"), float("inf"), 1e-310)),
+        {"top_k": -1},
+        {"top_p": 0},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(UserError):
@@ -264,7 +273,7 @@ def test_settings_that_do_not_fit_the_weights_are_refused(run, changes, named):
 def test_a_run_with_another_tokenizer_is_refused(run):
     """As large as its own, and so would decode to nonsense."""
     BPE.bytes(special=["<|begin|>"]).save(run.folder / "tokenizer.json")
-    with pytest.raises(UserError, match=r"mine/tokenizer.json is not the tokenizer that .*mine"):
+    with pytest.raises(UserError, match=r"tokenizer in .*mine is not the one"):
         load(run, CPU)
 
 
@@ -352,8 +361,49 @@ def test_the_script_writes_with_a_folder_s_model(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("Return the"), done.stderr
 
 
+TEXT = "The model reads the text and writes the next word of the text. " * 3
+
+
+@given(st.sampled_from(sorted(KINDS)), st.integers(0, len(TEXT)), st.integers(0, len(TEXT)))
+def test_a_prompt_goes_on_as_its_tokens_do(kind, end, more):
+    """Within a word, behind a blank or at the beginning: what is decoded is one text."""
+    tokenizer = trained(kind)
+    prompt, whole = tokenizer.encode(TEXT[:end]), tokenizer.encode(TEXT[:end] + TEXT[:more])
+    rest = whole[len(prompt) :] if whole[: len(prompt)] == prompt else tokenizer.encode("word of")
+    text = "".join(continued(tokenizer, prompt, rest))
+    assert tokenizer.decode(prompt) + text == tokenizer.decode(prompt + rest)
+
+
+@cache
+def trained(kind):
+    return KINDS[kind].train([TEXT], 290)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_tokenizer_writes(tmp_path, monkeypatch, kind):
+    """A piece that begins a word keeps its blank, one that goes on with a word has none."""
+    tokenizer = trained(kind)
+    tokenizer.save(tmp_path / tokenizer.file_name)
+    assert load_tokenizer(tmp_path, 1000).fingerprint == tokenizer.fingerprint
+    prompt = tokenizer.encode("the model reads")
+    following = tokenizer.encode("the model reads the")[len(prompt) :]
+    assert "".join(continued(tokenizer, prompt, following * 2)) == " the the"
+
+
+def test_what_cannot_become_tokens_is_one_sentence(tmp_path):
+    folder = folder_of(tmp_path, BPE.bytes(), 256)
+    for flag in ("--prompt", "--stop"):
+        done = start("--model", folder, flag, os.fsdecode(b"\xff"))
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith(f"error: {flag} cannot become tokens: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_folder_that_is_not_there_is_one_sentence():
     done = start("--model", "nowhere")
     assert (done.returncode, done.stderr) == (2, "error: there is no folder nowhere\n")
+    for name in ("x" * 300, "x/" * 3000):
+        done = start("--model", name)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     with pytest.raises(UserError, match="--run and --model are two models"):
         Generate(run="mine", model="nowhere")

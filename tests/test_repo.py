@@ -13,9 +13,9 @@ from bugs import BUGS
 from conftest import ROOT
 
 from bench import Bench
+from bpe import BPE
 from data import Show, TokenizerConfig
 from model import PRESETS, ModelConfig, Transformer, count_parameters
-from tokenizer import BPE
 from train import Train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,9 +33,10 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "tasks",
     ],
     ["merges", "vocabulary"],
-    ["tokenizer", "attention", "model_files"],
+    ["bpe", "attention", "model_files"],
     ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "unigram_learning"],
     ["clean", "unigram"],
+    ["tokenizer"],
     ["data"],
     ["model"],
     ["step"],
@@ -53,7 +54,7 @@ TINY = {
     "generate.py": "--tokens 5",
     "bench.py": f"--rounds 1 --megabytes 1 {SMALL}",
     "data.py": "--tokenizer.vocab-size 300",
-    "tokenizer.py": "--vocab-size 300",
+    "tokenizer.py": "--vocab-size 400",
 }
 
 
@@ -118,9 +119,8 @@ def workplace(tmp_path_factory):
 def tried(command, folder):
     """The exit status of a command in a folder, at a tiny size; what it wrote is shown."""
     words = shlex.split(command)
-    if words[1] == "-m":  # tests are only collected here
-        collect = ["--collect-only", "-q"] if words[2] == "pytest" else []
-        words = [sys.executable, *words[1:], *collect]
+    if words[1] == "-m":
+        words = [sys.executable, *words[1:]]
         folder = ROOT
     else:
         small = TINY[words[1]].split()
@@ -136,9 +136,24 @@ def tried(command, folder):
     return done.returncode
 
 
-@pytest.mark.parametrize("command, where", [*from_readme(), *from_docstrings()])
+COMMANDS = dict([*from_docstrings(), *from_readme()])  # each once
+TESTS = "python -m pytest "
+
+
+@pytest.mark.parametrize(
+    "command, where", [(c, where) for c, where in COMMANDS.items() if not c.startswith(TESTS)]
+)
 def test_commands_run(command, where, workplace):
     assert tried(command, workplace) == 0
+
+
+def test_the_tests_that_are_named_are_there():
+    named = {word for c in COMMANDS if c.startswith(TESTS) for word in c.split()[3:]}
+    files = sorted(word for word in named if word.endswith(".py"))
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(files) > 15 and all(f"{file}::" in done.stdout for file in files)
 
 
 def test_every_script_shows_how_it_is_run():

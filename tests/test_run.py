@@ -120,12 +120,29 @@ def test_a_place_that_cannot_be_written_is_refused(runs):
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b", "..", ".hidden", "/tmp/x", "a\nb", "\udcff", "x" * 201, "ü" * 101]
+    "name", ["-a", "a/b", "..", ".hidden", "/tmp/x", "a\nb", "\udcff", "x" * 201, "ü" * 101]
 )
 def test_a_name_that_is_no_folder_name_is_refused(name):
     assert "cannot be the name" in refusal(lambda: Run.create(name, {}))
     if len(name) > 3:
         assert "no run named" in refusal(lambda: Run.open(2 * name))
+
+
+def test_runs_that_start_together_without_a_name_get_one_each(runs):
+    """Also while another is still making its folder."""
+    first, drafted = Run.create("", {}), Run(runs / ".run-002.draft")
+    drafted.folder.mkdir()
+    drafted.lock()
+    assert Run.create("", {}).folder.name == "run-003" and first.folder.name == "run-001"
+
+    def faster(self):
+        (runs / "run-004").mkdir(exist_ok=True)
+        (runs / "run-004" / "config.json").write_text("{}")
+        lock(self)
+
+    lock = Run.lock
+    with patch.object(Run, "lock", faster):
+        assert Run.create("", {}).folder.name == "run-005"
 
 
 def test_a_run_that_was_killed_while_it_was_made_is_made_again(runs):
@@ -586,6 +603,63 @@ def test_a_damaged_checkpoint_is_not_one_of_those_kept():
     assert [step_in(p) for p in mine.checkpoints()] == [9, *range(KEEP, 0, -1)][:KEEP]
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "link to nowhere"])
+def test_what_stands_in_a_checkpoint_s_place_is_passed_over_and_goes(runs, kind, capsys):
+    mine = fresh()
+    kept, place = save(mine, 1), mine.folder / "checkpoints" / "step-000002"
+    precious = runs / "precious"
+    precious.mkdir()
+    if kind == "file":
+        place.write_text("")
+    else:
+        place.symlink_to(precious if kind == "link" else runs / "nowhere")
+    assert mine.newest() == kept and "step-000002" in capsys.readouterr().err
+    save(mine, 2)
+    assert step_in(mine.newest()) == 2 and precious.is_dir() and not place.is_symlink()
+    place = mine.folder / "checkpoints" / "step-000009"
+    place.write_text("")
+    save(mine, 3)
+    assert not place.exists()
+
+
+def test_a_checkpoint_under_another_step_s_name_is_passed_over(capsys):
+    mine = fresh()
+    one, two = save(mine, 1), save(mine, 2)
+    two.rename(two.with_name("step-000007"))
+    assert mine.newest() == one and "it is that of step 2" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(monkeypatch):
+    mine = fresh()
+    save(mine, 1)
+    locked = save(mine, 2)
+
+    def forbidden(path):
+        if path.parent == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return digest(path)
+
+    digest = run.digest
+    monkeypatch.setattr(run, "digest", forbidden)
+    for action in (mine.newest, lambda: save(mine, 3)):
+        assert "step-000002/model.safetensors: Permission denied" in refusal(action)
+    assert locked.is_dir()
+
+
+@pytest.mark.parametrize("how", ["gone", "a file", "a link to nowhere"])
+def test_if_the_place_of_checkpoints_cannot_be_read_nothing_is_known(runs, how):
+    mine = fresh()
+    save(mine, 1)
+    place = mine.folder / "checkpoints"
+    place.rename(runs / "moved")
+    if how == "a file":
+        place.write_text("")
+    elif how == "a link to nowhere":
+        place.symlink_to("nowhere")
+    assert f"cannot read {place}: " in refusal(mine.newest)
+    assert f"cannot read {place}: " in refusal(mine.checkpoints)
+
+
 def test_measurements_are_on_the_disk_before_the_checkpoint_that_follows_them():
     mine, synced = fresh(), []
     mine.measure(step=1)
@@ -755,6 +829,42 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0
     process.stderr.close()
+
+
+def run_main(code: str, **options) -> subprocess.CompletedProcess:
+    """A script of its own, in which `run` is imported."""
+    words = [sys.executable, "-c", f"import run; run.main(lambda: {code})"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT} | options
+    return subprocess.run(words, timeout=60, check=False, **options)
+
+
+def test_a_terminal_that_knows_only_ascii_shows_the_rest_as_escapes():
+    done = run_main("print('Käse, 文')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, b"K\\xe4se, \\u6587\n")
+
+
+def test_output_that_cannot_be_written_is_one_sentence():
+    with open("/dev/full", "wb") as full:
+        for code in ("print('x')", "[print('x' * 10**5), print('y')]"):
+            done = run_main(code, stdout=full)
+            want = (2, b"error: the output: No space left on device\n")
+            assert (done.returncode, done.stderr) == want
+
+
+MENDED = {
+    "a file": ("open('/no/where')", "error: /no/where: No such file or directory"),
+    "memory": ("bytes(1 << 62)", "error: this takes more memory than there is"),
+    "tensors": ("run.torch.empty(1 << 50)", "error: this takes more memory than there is"),
+    "a signal": ("[run.os.kill(run.os.getpid(), 15), run.signal.pause()]", ""),
+}
+
+
+@pytest.mark.parametrize("case", MENDED)
+def test_what_the_machine_refuses_is_one_sentence(case):
+    code, said = MENDED[case]
+    done = run_main(code, text=True)
+    assert done.returncode == (143 if case == "a signal" else 2) and done.stdout == ""
+    assert done.stderr.startswith(said) and len(done.stderr.splitlines()) == bool(said)
 
 
 # --- pictures -------------------------------------------------------------------------------------

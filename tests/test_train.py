@@ -159,8 +159,9 @@ optims = st.builds(
     warmup=st.sampled_from([0.0, 0.3]), clip=st.sampled_from([0.0, 0.1]),
 )  # fmt: skip
 configs = st.builds(
-    Train, model=models, optim=optims, data=st.sampled_from([DataConfig("text"), ONE]),
-    tokenizer=st.sampled_from([TokenizerConfig("bytes"), TokenizerConfig(vocab_size=300)]),
+    Train, model=models, optim=optims,
+    data=st.sampled_from([DataConfig("text"), ONE, DataConfig("text", packing="plain")]),
+    tokenizer=st.builds(TokenizerConfig, drawn(TokenizerConfig, "kind"), st.just(300)),
     steps=st.integers(2, 14), batch=st.integers(1, 3), accumulate=st.integers(1, 2),
     evaluate_every=st.integers(1, 5), save_every=st.integers(1, 5), seed=st.integers(0, 9),
     device=st.just("cpu"), dtype=st.sampled_from(["float32", "bfloat16"]),
@@ -233,7 +234,9 @@ def test_the_same_command_gives_the_same_bits(folder):
     assert_same_end(end_of("one"), end_of("two"))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(folder):
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGHUP", "nobody reads"])
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, how):
+    """So do its kin, such as a terminal that closes."""
     flags = [*TINY, "--steps", "400", "--save-every", "1000", "--evaluate-every", "100"]
     assert run("train.py", *flags, "--name", "one")[0] == 0
     process = start("train.py", *flags, "--name", "two")
@@ -241,20 +244,37 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 20):
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "python train.py --name two --resume" in out
+    if how == "nobody reads":
+        process.stdout.close()
+        err = process.stderr.read()
+    else:
+        process.send_signal(getattr(signal, how))
+        _, err = process.communicate(timeout=60)
+    assert process.wait(60) == (0 if how == "nobody reads" else 130), err
+    assert "Traceback" not in err
+    assert "python train.py --name two --resume" in Path("runs/two/log.txt").read_text()
     assert Run.open("two").newest().name != "step-000400"
     assert run("train.py", "--name", "two", "--resume")[0] == 0
     assert_same_end(end_of("one"), end_of("two"))
+
+
+def test_sigterm_while_tokens_are_made_leaves_nothing(folder):
+    (folder / "text" / "long.txt").write_text("".join(f"{n * n} " for n in range(400_000)))
+    process = start("train.py", *TINY, "--tokenizer.kind", "bpe")
+    while not list(folder.glob("runs/cache/.*.draft")):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err == ""
+    assert not list(folder.glob("runs/cache/.*")) and not list(folder.glob("runs/cache/*"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(folder):
     flags = [*TINY, "--steps", "6"]
     assert run("train.py", *flags, "--name", "one")[0] == 0
     assert run("train.py", *flags, "--name", "two")[0] == 0
-    shutil.rmtree("runs/two/checkpoints")
+    shutil.rmtree("runs/two/checkpoints/step-000006")
     with open("runs/two/metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # the line at which it was killed
     code, _, err = run("train.py", "--name", "two", "--resume")
@@ -354,6 +374,15 @@ BAD = {
     "an unknown flag": (["--optim.lrr", "1"], "--optim.lr"),
     "heads that do not divide": (["--model.dim", "30", "--model.heads", "4"], "not divisible"),
     "no steps": (["--steps", "0"], "--steps must be at least 1"),
+    "more steps than can be": (["--steps", "9" * 401], "at most 1,000,000,000"),
+    "a model larger than the machine": (["--model.dim", "2000000"], "GB of memory"),
+    "blocks without end": (["--model.layers", "200000000"], "GB of memory"),
+    "a batch larger than the machine": (["--batch", "1000000000"], "GB of memory"),
+    "a mean over all past": (["--optim.beta1", "1"], "--optim.beta1 1.0 must lie between 0 and 1"),
+    "a rate that is no number": (["--optim.lr", "nan"], "--optim.lr nan must lie"),
+    "a rate without end": (["--optim.lr", "1e300"], "--optim.lr 1e+300 must lie"),
+    "a warm-up that is no number": (["--optim.warmup", "nan"], "--optim.warmup nan must lie"),
+    "a name that looks like a flag": (["--name=-x"], "--name '-x' cannot be the name"),
     "an empty file": (["--data.path", "empty.txt"], "there is no text in empty.txt"),
     "a binary file": (["--data.path", "binary.txt"], "is binary"),
     "an undecodable file": (["--data.path", "latin.txt"], "not UTF-8"),
@@ -399,7 +428,7 @@ def test_a_taken_name_is_refused_and_the_old_run_kept(folder):
     code, _, err = run("generate.py", "--run", "mine", "--prompt", "x" * 50)
     assert code == 2 and "more than the model's context of 16" in err
     code, _, err = run("generate.py", "--run", "mine", "--prompt", os.fsdecode(b"\xff"))
-    assert code == 2 and "--prompt is not text" in err
+    assert code == 2 and "--prompt cannot become tokens" in err
     code, _, err = run("generate.py", "--run", "text")
     assert code == 2 and "not a run" in err
 
@@ -450,7 +479,7 @@ def test_changed_settings_are_listed_kept_or_refused(mine):
     flags = "--steps 5 --seed 3 --model.dim 32 --optim.lr 1 --data.path x --tokenizer.kind bpe"
     sentence = refusal(lambda: resumed(*flags.split()))
     assert sentence == (
-        "runs/mine cannot go on with another setting of model.dim 16 → 32, data.path 'text' → 'x', "
+        "runs/mine cannot go on with another setting of model.dim 16 → 32, "
         "tokenizer.kind 'bytes' → 'bpe', optim.lr 0.01 → 1.0, seed 0 → 3: start a new run for that"
     )
     code, out, err = run("train.py", "--resume", "--steps", "4")
@@ -488,15 +517,76 @@ def test_a_checkpoint_of_another_run_is_refused(mine):
         "other": replace(config, optim=replace(config.optim, name="adamw")),
         "larger": replace(config, model=replace(config.model, layers=2)),
     }
-    for name, said in (("other", "another optimizer"), ("larger", "does not fit its config.json")):
+    others_say = {
+        "other": ("setting of optim.name 'adamw' → 'muon'", "another optimizer"),
+        "larger": ("setting of model.layers 2 → 1", "does not fit its config.json"),
+    }
+    own = (newest / "train_state.json").read_bytes()
+    for name, (said, said_of_tensors) in others_say.items():
         foreign = trained(name, others[name])[0].newest()
         shutil.rmtree(newest)
         shutil.copytree(foreign, newest)
         assert said in refusal(lambda: resumed("--name", "mine"))
+        (foreign / "train_state.json").write_bytes(own)
+        assert said_of_tensors in refusal(lambda f=foreign: training.take_up(f, this))
+    shutil.rmtree(newest)
+    seeded = trained("seeded", replace(config, seed=3))[0].newest()
+    shutil.copytree(seeded, newest)
+    said = "was made with another setting of seed 3 → 0, as runs/mine has it now"
+    assert said in refusal(lambda: resumed("--name", "mine"))
     for bad in ({}, {"step": "2", "epoch": 0, "row": 0}, {"step": 2, "epoch": 0, "row": -1}):
         foreign = Run.create("", training.config).save(2, {}, {}, {})
         (foreign / "train_state.json").write_text(json.dumps(bad))
         assert "was not made by train.py" in refusal(lambda f=foreign: training.take_up(f, this))
+
+
+def test_a_changed_config_does_not_change_a_run_that_goes_on(mine):
+    """Not even if its hash was taken away: a checkpoint keeps the settings that made it."""
+    path = mine[0].folder / "config.json"
+    written = {k: v for k, v in json.loads(path.read_text()).items() if k != "hash"}
+    path.write_text(json.dumps(written | {"optim": written["optim"] | {"lr": 0.5}}))
+    assert "another setting of optim.lr 0.01 → 0.5" in refusal(resumed)
+    path.write_text(json.dumps(written | {"model": written["model"] | {"rope_base": 5e3}}))
+    assert "another setting of model.rope_base" in refusal(resumed)
+    mine[1].corpus.tokenizer.save("runs/mine/tokenizer.json")
+    with pytest.raises(UserError, match=r"is not the one that .*step-000002 was trained with"):
+        generate.load(mine[0], torch.device("cpu"))
+
+
+def end_of_files(place):
+    names = ("config.json", "metrics.jsonl", "tokenizer.json", "log.txt")
+    return [(Path(place) / name).read_bytes() for name in names]
+
+
+LOSSES = {
+    "taken away": lambda path: None,
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a file": Path.touch,
+    "emptied": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(folder, monkeypatch, how):
+    monkeypatch.setattr("run.fcntl", None)
+    assert run("train.py", *TINY, "--steps", "2", "--save-every", "2", "--name", "mine")[0] == 0
+    place = Path("runs/mine/checkpoints")
+    shutil.rmtree(place)
+    LOSSES[how](place)
+    before = end_of_files("runs/mine")
+    code, _, err = run("train.py", "--resume")
+    assert code == 2 and len(err.splitlines()) == 1 and "checkpoints" in err
+    assert end_of_files("runs/mine") == before
+
+
+def test_a_run_goes_on_from_another_folder_with_its_text_moved(mine, folder, monkeypatch):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    Path("text").rename(elsewhere / "books")
+    monkeypatch.chdir(elsewhere)
+    path = str(folder / "runs" / "mine")
+    again, changed = resumed("--name", path, "--data.path", "books")
+    assert again.step == 2 and changed == ["data.path 'text' → 'books'"]
 
 
 def test_bad_settings_in_a_config_are_refused_by_name(mine):

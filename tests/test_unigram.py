@@ -23,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import processes
-import unigram
 from sentencepiece_files import (
     Charsmap,
     Kind,
@@ -37,9 +36,7 @@ from sentencepiece_files import (
     write_field,
     write_model,
 )
-from tokenizer import END_OF_TEXT
 from unigram import (
-    NORMALIZATIONS,
     SentencePiece,
     SentencePieceBPE,
     Unigram,
@@ -63,8 +60,9 @@ from unigram_learning import (
     ways,
 )
 from unigram_learning import seeds as seeds_of
+from vocabulary import END_OF_TEXT
 
-AGAIN = "or write this one again with save"
+AGAIN = "or write this one again with SentencePiece.save"
 LINES = [line for text in topics.values() for line in text.splitlines()]
 TRICKY = (
     "aZſéßΩ中१²'sS01 \t\n\r\v\x1c\x85\xa0\u2028\u3000\u200b_.!<s>😀\u0301▁▁  ｶﾞﾊﾟかが゛゙Å①㌔ﬁ가각ᄀ"
@@ -495,7 +493,7 @@ def test_what_was_saved_is_loaded_and_pickle_keeps_it(name, tmp_path):
         ({"texts": "abc"}, r"write \[text\]"),
         ({"vocab_size": 260}, "must be 261 or more"),
         ({"normalizer": "nfd"}, "normalizer must be"),
-        ({"special": ("<unk>",)}, "two of its pieces"),
+        ({"special": ("<unk>",)}, "same token"),
         ({"special": ("",)}, "is empty"),
     ],
 )
@@ -729,7 +727,7 @@ BROKEN = {
     ),
     "score a text": (WHOLE + field_of(1, write_field(1, "b"), write_field(2, b"a")), "type"),
     "kind unknown": (WHOLE + field_of(1, write_field(1, "b"), write_field(3, 9)), "kind"),
-    "piece twice": (model_with([Piece("a", -2.0)]), "the same"),
+    "piece twice": (model_with([Piece("a", -2.0)]), "same token"),
     "unknown twice": (model_with([Piece("?", 0.0, Kind.UNKNOWN)]), "exactly one"),
     "no unknown": (write_model(Model([Piece("a")], Trainer(), Normalizer())), "exactly one"),
     "byte without": (model_with([Piece("<0x41>", 0.0, Kind.BYTE)]), "byte_fallback is off"),
@@ -827,12 +825,3 @@ def test_ten_thousand_mutated_files_cost_neither_time_nor_memory(tmp_path):
         loaded = sum(loaded_or_refused(tmp_path / "a.model", seed) for seed in range(10_000))
     print(f"{loaded:,} loaded, the others refused")
     assert 100 < loaded < 9_900
-
-
-# --- the idea, shown ------------------------------------------------------------------------------
-
-
-def test_the_script_shows_several_ways_to_cut(capsys):
-    unigram.main()
-    assert "representation" in capsys.readouterr().out
-    assert [*NORMALIZATIONS] == ["lossless", "identity", "nfkc"]

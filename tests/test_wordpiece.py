@@ -22,7 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import processes
 import wordpiece
-from tokenizer import END_OF_TEXT
+from vocabulary import END_OF_TEXT
 from wordpiece import (
     BLANKS,
     NOWHERE,
@@ -321,6 +321,7 @@ def test_no_word_of_the_alphabet_is_unknown_and_all_others_are(seed, rules):
         ({"special": ["[PAD]"]}, r"lacks the token '\[UNK\]'"),
         ({"special": ["[UNK]", "\n"]}, "unprintable"),
         ({"texts": ["\ud800"]}, "surrogates"),
+        ({"texts": ["aab", "\ud800"], "alphabet": 1}, "surrogates"),
     ],
 )
 def test_training_that_cannot_be_is_refused(settings, problem):
@@ -592,7 +593,7 @@ def test_fingerprint_differs_where_anything_differs():
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"tokens": ["a", "b", "a"]}, "same piece"),
+        ({"tokens": ["a", "b", "a"]}, "same token"),
         ({"special": {"": 9}}, "empty"),
         ({"special": {"\ud800": 9}}, "unprintable"),
         ({"special": {"[X]": 1}}, "clashes"),
