@@ -66,7 +66,7 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
         try:  # a pattern that comes with a file may be made to take for ever
             pieces = everywhere.findall(text, timeout=PATIENCE + len(text) / SLOWEST)
         except TimeoutError:
-            raise ValueError(f"the split pattern {short(pattern)} does not come to an end") from None
+            raise ValueError(f"the split pattern {short(pattern)} comes to no end") from None
         if sum(map(len, pieces)) != len(text):
             raise ValueError(f"the split pattern {short(pattern)} leaves out parts of the text")
         return pieces

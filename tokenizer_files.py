@@ -1,4 +1,4 @@
-"""The files that tokenizers are kept in: read and written here, understood in tokenizer.py.
+"""The files that tokenizers are kept in: read and written here, understood in bpe.py.
 
     tokenizer.json            Hugging Face: everything in one file
     encoder.json + vocab.bpe  GPT-2 as released (vocab.json + merges.txt elsewhere)

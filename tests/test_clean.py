@@ -1,7 +1,6 @@
 """Laws of clean.py: each document is kept or dropped for a reason, and nothing is known twice."""
 
 import json
-import os
 import random
 import re
 import shutil

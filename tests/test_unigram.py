@@ -763,7 +763,7 @@ def test_a_broken_file_is_refused_with_one_sentence(name, tmp_path):
     path = tmp_path / "broken.model"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=problem) as error:
-        Unigram.load(path)
+        SentencePiece.load(path)
     assert_one_sentence(error.value, path, AGAIN)
 
 
