@@ -51,6 +51,17 @@ from run import UserError, generator, main
 from step import machine, matmul_peak, pick_device, to, update
 from vocabulary import END_OF_TEXT
 
+PLAIN_BENDS = {
+    "swiglu": lambda up, gate: F.silu(gate) * up,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+PLAIN = {  # what the network in plain torch can be
+    "arch": ["decoder"], "order": ["pre"], "attention": ["full"], "embed_norm": [False],
+    "position": ["rope", "learned", "none"], "activation": [*PLAIN_BENDS], "segments": [0],
+    "head_width": [0], "rope_interleaved": [False], "scaled_head": [False], "score_scale": [0],
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -67,6 +78,10 @@ class Bench:
     def __post_init__(self):
         if self.rounds < 1 or self.batch < 1 or self.megabytes < 1:
             raise UserError("--rounds, --batch and --megabytes must each be at least 1")
+        for name, known in PLAIN.items():
+            if (value := getattr(self.model, name)) not in known:
+                have = " or ".join(map(str, known))
+                raise UserError(f"the plain network has --model.{name} {have}, not {value}")
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -112,13 +127,6 @@ HEAD = f"{'':22} {'ours, ms':>10} {'rate':>11} {'':9} {'against':18} {'ms':>10} 
 # --- an update ------------------------------------------------------------------------------------
 
 
-PLAIN_BENDS = {
-    "swiglu": lambda up, gate: F.silu(gate) * up,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
 class PlainTransformer(nn.Module):
     """Our network as plain torch has it: nn.Linear, nn.RMSNorm, SDPA, F.cross_entropy.
 
@@ -138,9 +146,10 @@ class PlainTransformer(nn.Module):
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
-        cos, sin = model.position.rotation(torch.arange(c.context)) or (None, None)
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        rope = c.position == "rope"
+        angles = model.position.angles(torch.arange(c.context)) if rope else None
+        self.register_buffer("cos", angles.cos() if rope else None)
+        self.register_buffer("sin", angles.sin() if rope else None)
 
     def make_norm(self) -> nn.Module:
         c = self.config

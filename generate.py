@@ -109,6 +109,10 @@ class Slot(NamedTuple):
     place: Tensor  # T
     shown: int
 
+    def places(self, T: int) -> tuple[Tensor, int]:
+        """Where the tokens come to stand, and how many keys they see."""
+        return self.place, self.shown
+
     def append(self, k: Tensor, v: Tensor) -> KeyValue:
         """Write k and v (B K T D); what layers look at: these and all before them."""
         for room, new in ((self.keys, k), (self.values, v)):

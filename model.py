@@ -5,9 +5,14 @@ once to let tokens look at each other (attention) and once to think about each t
 (feed-forward), and adds what it finds. A last matrix turns the stream into a score for every
 possible next token.
 
-Variants are entries of tables: NORMS and ACTIVATIONS here, POSITIONS and ATTENTIONS in
-attention.py. The head stands apart from the stream, so that a fused loss, a reward or a value head
-attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
+    decoder    each token sees those before it                                    GPT, Llama
+    encoder    each token sees all                                                BERT
+    encdec     an encoder reads one text; a decoder, which looks at it too        T5
+               (cross attention), writes another
+
+Variants are entries of tables: NORMS, ORDERS and ACTIVATIONS here, POSITIONS in positions.py and
+ATTENTIONS in attention.py. The head stands apart from the stream, so that a fused loss, a reward or
+a value head attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
 `model.logits` their product. `Transformer.load` and `save` read and write the folders of Hugging
 Face's GPT-2 and Llama, as model_files.py has it.
 
@@ -16,7 +21,9 @@ Run: python -m pytest tests/test_model.py
 Papers: Vaswani et al. 2017 (arXiv 1706.03762); Radford et al. 2019, GPT-2; Touvron et al. 2023,
 Llama (arXiv 2302.13971); Zhang and Sennrich 2019, RMSNorm (arXiv 1910.07467); Ba et al. 2016,
 LayerNorm (arXiv 1607.06450); Shazeer 2020, gated units (arXiv 2002.05202); Press and Wolf 2017,
-tied head (arXiv 1608.05859).
+tied head (arXiv 1608.05859); Devlin et al. 2019, BERT (arXiv 1810.04805); Raffel et al. 2020, T5
+(arXiv 1910.10683); Xiong et al. 2020, pre- and post-norm (arXiv 2002.04745); Wang et al. 2022,
+DeepNorm (arXiv 2203.00555).
 
 Letters: B batch · T tokens · C model width · F feed-forward width · V vocabulary · L layers.
 """
@@ -32,10 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import POSITIONS, Attention, KeyValue, Linear, Mask, Rotation, causal_mask
+from attention import ATTENTIONS, Attention, KeyValue, Linear, Mask, causal_mask, full_mask
 from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
+from positions import POSITIONS, Rotation
 from run import UserError, generator, settings, value_of
 
 # --- settings -------------------------------------------------------------------------------------
@@ -45,28 +53,45 @@ LARGEST = 1 << 28  # of any whole number here: a matrix with such sides has its 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer."""
+    """The shape of a transformer."""
 
     preset: Literal["tiny", "gpt2"] = "tiny"  # a named shape, which the other settings then change
+    arch: Literal["decoder", "encoder", "encdec"] = (
+        "decoder"  # who reads and who writes: as GPT, as BERT, or as T5, which has both
+    )
     dim: int = 128  # width of the stream
-    layers: int = 4  # blocks
+    layers: int = 4  # blocks (encdec: of the encoder, and as many of the decoder)
     heads: int = 4  # query heads
     kv_heads: int = (
         0  # key-value heads, each shared by heads / kv_heads queries; 0: as many as heads
     )
+    head_width: int = 0  # channels of a head; 0: dim / heads
     context: int = 256  # tokens in one row of a batch
     vocab_size: int = 0  # tokens known; 0: as many as the tokenizer has
     ffn_dim: int = 0  # feed-forward width; 0: 8/3 of dim for gated activations, else 4 of dim
-    position: Literal["rope", "learned", "none"] = "rope"  # how a token knows its place
+    position: Literal["rope", "learned", "sinusoidal", "relative", "t5", "alibi", "none"] = (
+        "rope"  # how a token knows its place
+    )
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # what keeps the stream's scale
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"  # the feed-forward's bend
-    attention: Literal["full"] = "full"  # who looks at whom
-    bias: bool = False  # biases in linears
+    order: Literal["pre", "post", "deepnorm"] = "pre"  # where it stands in a block
+    activation: Literal[
+        "relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"
+    ] = "swiglu"  # the feed-forward's bend; with "glu" gated
+    attention: Literal["full", "sliding"] = "full"  # who looks at whom
+    window: int = 128  # sliding: tokens that one sees on a side, itself counted
+    bias: bool = False  # biases in linears and norms
     tied: bool = True  # the head is the embedding
+    scaled_head: bool = False  # what a head sees is divided by √dim (T5, where it is tied)
     qk_norm: bool = True  # queries and keys of unit length
+    score_scale: float = 0.0  # of the scores; 0: 1/√head width (T5: 1)
+    embed_norm: bool = False  # a norm behind the embeddings (BERT, BLOOM)
+    segments: int = 0  # kinds of text in a row, each with an embedding (BERT: 2)
+    buckets: int = 32  # t5: of distances, of which each has a bias
+    reach: int = 128  # t5, relative: the distance from which on all is alike
     rope_base: float = 10_000.0  # the slowest of RoPE's angles turns once in 2π·base positions
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"  # how RoPE reaches further
-    rope_factor: float = 8.0  # linear, llama3: slow angles are divided by it
+    rope_interleaved: bool = False  # RoPE turns neighbouring channels, not those D/2 apart
+    rope_scaling: Literal["none", "linear", "ntk", "llama3"] = "none"  # how RoPE reaches further
+    rope_factor: float = 8.0  # linear, ntk, llama3: slow angles are divided by it
     rope_context: int = 8192  # llama3: the tokens of a text before, in which an angle has turned
     rope_low: float = 1.0  # llama3: fewer times than this, so that it is divided
     rope_high: float = 4.0  # llama3: more often than this, so that it stays
@@ -82,7 +107,7 @@ class ModelConfig:
             if not isinstance(value, str) and not 0 <= value < end:
                 flag = name.replace("_", "-")
                 raise UserError(f"--model.{flag} {short(value)} must be 0 or more, below {end:,}")
-        if self.dim % self.heads:
+        if self.dim % self.heads and not self.head_width:
             raise UserError(
                 f"--model.dim {self.dim} is not divisible by --model.heads {self.heads}: "
                 f"choose heads that divide it, such as {gcd(self.dim, self.heads)}"
@@ -96,6 +121,12 @@ class ModelConfig:
                 f"RoPE turns pairs of channels, so --model.dim {self.dim} / --model.heads "
                 f"{self.heads} = {self.head_dim} must be even"
             )
+        if self.attention == "sliding" and self.window < 1:
+            raise UserError("--model.attention sliding needs a --model.window of at least 1")
+        if self.position == "t5" and not 4 <= self.buckets <= self.reach:
+            raise UserError(
+                "--model.position t5 needs --model.buckets of 4 or more, and a reach no smaller"
+            )
         if min(self.rope_base, self.rope_factor) < 1 or self.rope_low >= self.rope_high:
             raise UserError(
                 "--model.rope-base and rope-factor must be at least 1, and rope-low below rope-high"
@@ -103,7 +134,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.heads
+        return self.head_width or self.dim // self.heads
 
     @property
     def kv_heads_or_heads(self) -> int:
@@ -178,10 +209,20 @@ class Activation(NamedTuple):
     gated: bool
 
 
+def gated(bend: Callable[[Tensor], Tensor]) -> Activation:
+    """bend(gate) ∘ up  (Shazeer 2020, eq. 5 and 6)."""
+    return Activation(lambda up, gate: bend(gate) * up, gated=True)
+
+
 ACTIVATIONS = {
-    "swiglu": Activation(swiglu, gated=True),
+    "relu": Activation(F.relu, gated=False),
     "gelu": Activation(gelu, gated=False),
     "gelu_tanh": Activation(gelu_tanh, gated=False),
+    "silu": Activation(F.silu, gated=False),
+    "reglu": gated(F.relu),
+    "geglu": gated(gelu),
+    "geglu_tanh": gated(gelu_tanh),
+    "swiglu": Activation(swiglu, gated=True),  # silu(gate) ∘ up, fused
 }
 
 
@@ -201,40 +242,146 @@ class FeedForward(nn.Module):
         return self.down(self.bend(*ups))
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x)): the pre-norm order."""
+# --- blocks ---------------------------------------------------------------------------------------
 
-    def __init__(self, config: ModelConfig):
+Branch = Callable[[Tensor], Tensor]
+
+
+def pre(x: Tensor, norms: list[nn.Module], branches: list[Branch], alpha: float) -> Tensor:
+    """x ← x + f(norm(x)) for each branch f: the stream itself is never normed (GPT-2)."""
+    h = norms[0](x)
+    for norm, branch in zip(norms[1:], branches, strict=False):
+        x, h = norm.add(x, branch(h))
+    return x + branches[-1](h)
+
+
+def post(x: Tensor, norms: list[nn.Module], branches: list[Branch], alpha: float) -> Tensor:
+    """x ← norm(α x + f(x)) for each branch f: α is 1 (Vaswani et al. 2017), or DeepNorm's."""
+    for norm, branch in zip(norms, branches, strict=True):
+        _, x = norm.add(alpha * x, branch(x))
+    return x
+
+
+ORDERS = {"pre": pre, "post": post, "deepnorm": post}
+
+
+class Depth(NamedTuple):
+    """DeepNorm's weight of the stream, and of the matrices drawn for values and feed-forward."""
+
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+def deepnorm(config: ModelConfig, encoder: bool) -> Depth:
+    """α and β by architecture (Wang et al. 2022, table 1), N blocks of an encoder, M of a decoder:
+
+    encoder alone (2N)^¼, (8N)^−¼ · decoder alone (2M)^¼, (8M)^−¼ · both: the encoder
+    0.81 (N⁴M)^1/16, 0.87 (N⁴M)^−1/16, the decoder (3M)^¼, (12M)^−¼. All are 1 in other orders.
+    """
+    if config.order != "deepnorm":
+        return Depth()
+    n = config.layers
+    if config.arch != "encdec":
+        return Depth((2 * n) ** 0.25, (8 * n) ** -0.25)
+    if encoder:
+        return Depth(0.81 * (n**5) ** (1 / 16), 0.87 * (n**5) ** (-1 / 16))
+    return Depth((3 * n) ** 0.25, (12 * n) ** -0.25)
+
+
+class Block(nn.Module):
+    """Attention, in a decoder that has an encoder also cross attention, and feed-forward."""
+
+    def __init__(self, config: ModelConfig, encoder: bool):
         super().__init__()
-        norm = NORMS[config.norm]
-        self.attention_norm = norm(config.dim, config.norm_eps, config.bias)
-        self.attention = Attention(config)
-        self.ffn_norm = norm(config.dim, config.norm_eps, config.bias)
-        self.ffn = FeedForward(config)
+
+        def norm() -> nn.Module:
+            return NORMS[config.norm](config.dim, config.norm_eps, config.bias)
+
+        self.order, self.alpha = ORDERS[config.order], deepnorm(config, encoder).alpha
+        self.attention_norm, self.attention = norm(), Attention(config)
+        crossed = config.arch == "encdec" and not encoder
+        self.cross_norm = norm() if crossed else None
+        self.cross = Attention(config, cross=True) if crossed else None
+        self.ffn_norm, self.ffn = norm(), FeedForward(config)
 
     def forward(
-        self, x: Tensor, mask: Mask, rotation: Rotation | None = None, past: KeyValue | None = None
+        self,
+        x: Tensor,
+        mask: Mask,
+        rotation: Rotation | None = None,
+        past: KeyValue | None = None,
+        memory: KeyValue | None = None,
+        cross_mask: Mask | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x (B T C) to x (B T C), and this block's new keys and values."""
-        look, new = self.attention(self.attention_norm(x), mask, rotation, past)
-        x, h = self.ffn_norm.add(x, look)
-        return x + self.ffn(h), new
+        new = []
+
+        def look(h: Tensor) -> Tensor:
+            out, kv = self.attention(h, mask, rotation, past)
+            new.append(kv)
+            return out
+
+        norms, branches = [self.attention_norm], [look]
+        if self.cross is not None:
+            norms.append(self.cross_norm)
+            branches.append(lambda h: self.cross.look_at(h, memory, cross_mask))
+        x = self.order(x, [*norms, self.ffn_norm], [*branches, self.ffn], self.alpha)
+        return x, new[0]
+
+
+class Stack(nn.Module):
+    """Blocks, with what tells their tokens where they are; in the pre-norm order a last norm."""
+
+    def __init__(self, config: ModelConfig, encoder: bool):
+        super().__init__()
+        self.config = config
+        self.position = POSITIONS[config.position](config, not encoder)
+        self.layers = nn.ModuleList(Block(config, encoder) for _ in range(config.layers))
+        norm = NORMS[config.norm]
+        self.embed_norm = norm(config.dim, config.norm_eps, True) if config.embed_norm else None
+        last = config.order == "pre"
+        self.norm = norm(config.dim, config.norm_eps, config.bias) if last else None
+
+    def through(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        past: list[KeyValue] | None = None,
+        memory: list[KeyValue] | None = None,
+        cross_mask: Mask | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Embeddings x (B T C) to hidden states, and each layer's new keys and values."""
+        T = x.shape[1]
+        at, S = past[0].places(T) if past else (torch.arange(T, device=x.device), T)
+        mask = ATTENTIONS[self.config.attention].narrow(replace(mask, at=at[None]), S, self.config)
+        mask = self.position.scored(mask, S)
+        x = self.position.embed(x, positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        rotation = self.position.rotation(positions)
+        new = []
+        for i, layer in enumerate(self.layers):
+            parts = (some[i] if some else None for some in (past, memory))
+            x, kv = layer(x, mask, rotation, *parts, cross_mask)
+            new.append(kv)
+        return x if self.norm is None else self.norm(x), new
 
 
 # --- the model ------------------------------------------------------------------------------------
 
 
-class Transformer(nn.Module):
-    """Token ids in, hidden states out."""
+class Transformer(Stack):
+    """Token ids in, hidden states out. Its own blocks decode, but in an encoder encode."""
 
     def __init__(self, config: ModelConfig, seed: int | None = 0):
         """Weights are drawn by the seed, or left as memory was if there is none."""
-        super().__init__()
-        self.config = config
+        super().__init__(config, encoder=config.arch == "encoder")
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.position = POSITIONS[config.position](config)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = NORMS[config.norm](config.dim, config.norm_eps, config.bias)
+        self.segment = (
+            nn.Parameter(torch.empty(config.segments, config.dim)) if config.segments else None
+        )
+        self.encoder = Stack(config, encoder=True) if config.arch == "encdec" else None
         self.head = (
             None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
         )
@@ -260,18 +407,46 @@ class Transformer(nn.Module):
         """The matrix (V C) that turns hidden states into logits."""
         return self.embedding if self.head is None else self.head
 
+    def embed(self, ids: Tensor, segments: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        """ids and segments (B T), 0 if there are none, to the stream's beginning (B T C)."""
+        x = F.embedding(ids, self.embedding)
+        if self.segment is not None:
+            x = x + self.segment[torch.zeros_like(ids) if segments is None else segments]
+        return x.to(dtype or self.embedding.dtype)
+
+    def encode(
+        self,
+        ids: Tensor,
+        mask: Mask | None = None,
+        positions: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> list[KeyValue]:
+        """Of an encdec: what each layer of the decoder looks at, made of the source ids (B S).
+
+        The mask defaults to all, positions to 0 … S−1.
+        """
+        S = ids.shape[1]
+        positions = torch.arange(S, device=ids.device)[None] if positions is None else positions
+        mask = mask or full_mask(S, S, ids.device)
+        hidden, _ = self.encoder.through(self.embed(ids, None, dtype), positions, mask)
+        return [layer.cross.keys_and_values(hidden) for layer in self.layers]
+
     def forward(
         self,
         ids: Tensor,
         positions: Tensor | None = None,
         mask: Mask | None = None,
         dtype: torch.dtype | None = None,
+        segments: Tensor | None = None,
+        memory: list[KeyValue] | None = None,
+        cross_mask: Mask | None = None,
     ) -> Tensor:
         """ids (B T) to hidden states (B T C), computed in dtype (default: that of the weights).
 
-        positions (B T) default to 0 … T−1, the mask to causal.
+        positions (B T) default to 0 … T−1, the mask to causal, in an encoder to all. An encdec
+        needs the memory that `encode` makes, all of which is seen unless cross_mask says otherwise.
         """
-        return self.extend(ids, None, positions, mask, dtype)[0]
+        return self.extend(ids, None, positions, mask, dtype, segments, memory, cross_mask)[0]
 
     def extend(
         self,
@@ -280,20 +455,22 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Mask | None = None,
         dtype: torch.dtype | None = None,
+        segments: Tensor | None = None,
+        memory: list[KeyValue] | None = None,
+        cross_mask: Mask | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """As `forward`, for ids that follow P past tokens; and each layer's new keys and values."""
+        T = ids.shape[1]
         if positions is None or mask is None:
-            causal = causal_mask(ids.shape[1], past[0].keys.shape[2] if past else 0, ids.device)
+            causal = causal_mask(T, past[0].places(0)[1] if past else 0, ids.device)
             positions = causal.hi if positions is None else positions
-            mask = mask or causal
-        x = F.embedding(ids, self.embedding).to(dtype or self.embedding.dtype)
-        x = self.position.embed(x, positions)
-        rotation = self.position.rotation(positions)
-        new = []
-        for i, layer in enumerate(self.layers):
-            x, kv = layer(x, mask, rotation, past[i] if past else None)
-            new.append(kv)
-        return self.norm(x), new
+            whole = self.config.arch == "encoder"
+            mask = mask or (full_mask(T, T, ids.device) if whole else causal)
+        if memory and cross_mask is None:
+            cross_mask = full_mask(T, memory[0].keys.shape[2], ids.device)
+        x = self.embed(ids, segments, dtype)
+        x, new = self.through(x, positions, mask, past, memory, cross_mask)
+        return x * self.config.dim**-0.5 if self.config.scaled_head else x, new
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (… C) to scores of the next token (… V), in fp32 or wider."""
@@ -301,20 +478,28 @@ class Transformer(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+TABLES = ("embedding", "segment", "position.table", "relative.table")
+WRITERS = ("output.weight", "down.weight")  # write into the stream
+DEEP = (*WRITERS, "value.weight", "up.weight", "gate.weight")  # what DeepNorm's β scales
+
+
 def initialize(model: Transformer, seed: int) -> None:
     """Draw every weight from its own stream: none depends on which other weights exist.
 
-    Matrices: normal with variance 1/fan_in, so that each keeps the scale of what goes through;
-    the two that write into the stream (attention output, feed-forward down) start at zero, so that
-    the model starts as the identity. Norms start at 1, biases at 0.
+    Matrices: normal with variance 1/fan_in, so that each keeps the scale of what goes through. In
+    the pre-norm order the two that write into the stream (attention output, feed-forward down)
+    start at zero, so that the model starts as the identity; DeepNorm multiplies some by β. Norms
+    start at 1, biases at 0.
     """
     for name, p in model.named_parameters():
         if p.dim() < 2:
             continue
-        rng = generator(seed, f"init/{name}")
-        std = 0.02 if name in ("embedding", "position.table") else p.shape[1] ** -0.5
-        std = 0.0 if name.endswith(("output.weight", "down.weight")) or name == "head" else std
-        p.data.copy_(torch.randn(p.shape, generator=rng) * std)
+        std = 0.02 if name.endswith(TABLES) else p.shape[1] ** -0.5
+        if name == "head" or (model.config.order == "pre" and name.endswith(WRITERS)):
+            std = 0.0
+        if name.endswith(DEEP):
+            std *= deepnorm(model.config, name.startswith("encoder.")).beta
+        p.data.copy_(torch.randn(p.shape, generator=generator(seed, f"init/{name}")) * std)
 
 
 # --- weights from files ---------------------------------------------------------------------------
@@ -367,13 +552,16 @@ def parameters_of(config: ModelConfig) -> int:
 
 
 def training_flops(model: Transformer, T: int) -> float:
-    """Floating-point operations per token of a training step: 6 N + 12 L C T (PaLM, appendix B).
+    """Floating-point operations per token of a training step: 6 N + 12 L H D T (PaLM, appendix B).
 
-    N counts the weights that multiply (an untied embedding only looks up); T is the row length.
+    N counts the weights that multiply (an untied embedding only looks up); T is the row length. Of
+    one stack: a decoder's or an encoder's. Shaw's keys, which multiply too, are not counted.
     """
-    N = sum(
-        p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "position.table"
+    c = model.config
+    products = (
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and not name.endswith(TABLES[1:])
     )
-    if model.head is not None:
-        N -= model.embedding.numel()
-    return 6 * N + 12 * model.config.layers * model.config.dim * T
+    N = sum(products) - (0 if model.head is None else model.embedding.numel())
+    return 6 * N + 12 * c.layers * c.heads * c.head_dim * T

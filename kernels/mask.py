@@ -20,8 +20,8 @@ class Mask:
 
     lo, hi: int64, (B T), or (1 T) when all samples are alike. Optional, each further field changes
     what is seen or adds to the scores:
-    slopes (H), with at: ALiBi adds −slope·|at[b, t] − s|, where at (B T) or (1 T) holds the place
-    of query t among the keys. Constants, without a gradient.
+    at, (B T) or (1 T): the place of query t among the keys, for whoever needs distances.
+    slopes (H), with at: ALiBi adds −slope·|at[b, t] − s|. Constants, without a gradient.
     bias (B H T S), B and H may be 1: added to the scores, with a gradient.
     layout (H ⌈T/block⌉ ⌈S/block⌉), bool, H may be 1: a query sees a key only where its block is
     true; empty blocks are skipped.
@@ -89,5 +89,5 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
                 f"attend: mask.{name} {tuple(field.shape)} must be "
                 + " or ".join(str(shape) for shape in dict.fromkeys(shapes))
             )
-    if (mask.slopes is None) != (mask.at is None):
-        raise ValueError("attend: mask.slopes and mask.at belong together")
+    if mask.slopes is not None and mask.at is None:
+        raise ValueError("attend: mask.slopes need mask.at")

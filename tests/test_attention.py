@@ -1,7 +1,5 @@
 """Laws of attention and positions: attention.py and kernels/attention.py."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import reference
@@ -11,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels.attention as blocked
-from attention import POSITIONS, SCALINGS, Attention, Rope, causal_mask, document_mask
+from attention import Attention, causal_mask, document_mask
 from kernels.attention import Mask, attend, attend_obvious
-from kernels.elementwise import rotate
 from kernels.mask import visible
 from model import ModelConfig
+from positions import Rope
 
 size = st.integers(1, 9)
 
@@ -117,82 +115,6 @@ def test_document_mask_sees_its_own_document_and_no_other(seed, T):
         assert seen[b, 0, t, s] == (s <= t and document[b, s] == document[b, t])
 
 
-scalings = st.builds(
-    ModelConfig,
-    rope_scaling=st.sampled_from(sorted(SCALINGS)),
-    rope_base=st.floats(10, 1e6),
-    rope_factor=st.floats(1, 40),
-    rope_context=st.integers(1, 20_000),
-    rope_low=st.floats(0.1, 4),
-    rope_high=st.floats(4.5, 50),
-)
-
-
-def scaled(config):
-    """What the oracle makes of one frequency."""
-    c = config
-    return {
-        "none": lambda theta: theta,
-        "linear": lambda theta: theta / c.rope_factor,
-        "llama3": lambda theta: reference.llama3(
-            theta, c.rope_factor, c.rope_context, c.rope_low, c.rope_high
-        ),
-    }[c.rope_scaling]
-
-
-@given(scalings, st.lists(st.floats(0.01, 60), min_size=9, max_size=9))
-def test_scalings_are_their_formulas(config, turns):
-    """For frequencies that turned so often in the context: rarely, often, and between."""
-    theta = np.array(turns) * 2 * np.pi / config.rope_context
-    got = SCALINGS[config.rope_scaling](torch.from_numpy(theta), config)
-    assert_close(array(got) / theta, [scaled(config)(x) / x for x in theta])
-
-
-@given(seeds, st.integers(1, 6), st.integers(0, 3000), scalings)
-def test_rope_is_the_paper(seed, half, position, config):
-    (x,) = normals(seed, (1, 1, 1, 2 * half))
-    config = replace(config, dim=2 * half, heads=1)
-    got = rotate(x, *POSITIONS["rope"](config).rotation(torch.tensor([[position]])))[0, 0, 0]
-    want = reference.rope(array(x[0, 0, 0]), position, config.rope_base, scaled(config))
-    # the angle is computed in fp32, as in every checkpoint trained so far
-    assert_close(got, want, 3e-7 * (position + 10))
-
-
-@given(scalings, st.integers(1, 64))
-def test_rotation_is_that_of_transformers_bit_for_bit(config, half):
-    """Also 130,000 tokens into a text, where the last bit of a frequency is a different angle."""
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    config = replace(config, dim=2 * half, heads=1)
-    rope = {
-        "rope_type": "default" if config.rope_scaling == "none" else config.rope_scaling,
-        "rope_theta": config.rope_base,
-        "factor": config.rope_factor,
-        "original_max_position_embeddings": config.rope_context,
-        "low_freq_factor": config.rope_low,
-        "high_freq_factor": config.rope_high,
-    }
-    theirs = llama.LlamaRotaryEmbedding(
-        llama.LlamaConfig(hidden_size=2 * half, num_attention_heads=1, rope_parameters=rope)
-    )
-    positions = torch.tensor([[0, 1, 77, 8191, 8192, 50_000, 131_071]])
-    for got, want in zip(
-        POSITIONS["rope"](config).rotation(positions), theirs(torch.ones(1), positions), strict=True
-    ):
-        assert torch.equal(got, want[..., :half])
-
-
-@given(seeds, st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
-def test_rope_scores_depend_on_the_distance_only(seed, m, n, shift):
-    q, k = normals(seed, (1, 1, 1, 8), (1, 1, 1, 8))
-
-    def score(m, n):
-        rope = Rope(8, 10_000.0)
-        turned = [rotate(x, *rope.rotation(torch.tensor([[p]]))) for x, p in ((q, m), (k, n))]
-        return (turned[0] * turned[1]).sum()
-
-    assert_close(score(m, n), score(m + shift, n + shift), 1e-3)
-
-
 @given(seeds, st.integers(1, 8), st.integers(0, 8))
 def test_a_layer_fed_in_two_parts_gives_the_same(seed, T, more):
     """Cached and uncached attention agree, with grouped heads and RoPE."""
@@ -202,9 +124,10 @@ def test_a_layer_fed_in_two_parts_gives_the_same(seed, T, more):
     for p in layer.parameters():
         torch.nn.init.normal_(p)
     (x,) = normals(seed, (2, T + more, 16))
-    rotation = Rope(4, 100.0).rotation(torch.arange(T + more)[None])
-    whole, _ = layer(x, causal_mask(T + more), rotation)
-    parts = [tuple(part[:, piece] for part in rotation) for piece in (slice(T), slice(T, None))]
+    places = torch.arange(T + more)[None]
+    rotate = Rope(4, 100.0).rotation
+    whole, _ = layer(x, causal_mask(T + more), rotate(places))
+    parts = [rotate(places[:, :T]), rotate(places[:, T:])]
     first, past = layer(x[:, :T], causal_mask(T), parts[0])
     second, _ = layer(x[:, T:], causal_mask(more, T), parts[1], past)
     assert_close(torch.cat((first, second), 1), whole)

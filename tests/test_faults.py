@@ -183,7 +183,7 @@ def try_call(origin: Path, start: str, at: int, kind: str, end: dict[str, bytes]
     shutil.rmtree(place)
     shutil.copytree(origin, place)
     run_module.RUNS, run = place, Run(place / "it")
-    before = [p.name for p in run.checkpoints()]
+    before = run.folder.exists() and run.checkpoints()
     status, saved, words = child(place, at, kind)
     if kind in ("kill", "half"):
         assert status == -signal.SIGKILL, (status, words)

@@ -18,10 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from attention import SCALINGS
 from generate import Sampling, generate
 from model import ModelConfig, Transformer
-from model_files import FAMILIES, ROPE, read_settings
+from model_files import FAMILIES, ROPE, SCALINGS, read_settings
 from run import UserError
 
 FILES = ("config.json", "model.safetensors")
@@ -433,7 +432,7 @@ BAD = {
     "a head that is not there": (edit(tie_word_embeddings=False), "head is None, not .11, 16."),
     "a sliding window": (edit(sliding_window=4), "sliding_window 4 is not supported"),
     "quantized": (edit(quantization_config={"bits": 4}), "quantization_config"),
-    "RoPE in words": (edit(rope_parameters="llama3"), "rope_scaling cannot be 'llama3'"),
+    "RoPE in words": (edit(rope_parameters="llama3"), "rope_parameters cannot be 'llama3'"),
     "yarn": (rope(rope_type="yarn", factor=2.0), "rope_type 'yarn' is not supported, only"),
     "half a RoPE": (rope(partial_rotary_factor=0.5), "RoPE's 'partial_rotary_factor'"),
     "no factor": (rope(rope_type="linear"), "factor cannot be None"),
