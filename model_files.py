@@ -66,7 +66,11 @@ def named(whole: dict[str, str], block: str, modules: dict[str, str]) -> dict[st
     }
 
 
-ALWAYS = {"attention": "full", "qk_norm": False}
+ALWAYS = {  # what neither family can be
+    "arch": "decoder", "order": "pre", "attention": "full", "window": 128, "qk_norm": False,
+    "head_width": 0, "scaled_head": False, "score_scale": 0.0, "embed_norm": False, "segments": 0,
+    "buckets": 32, "reach": 128, "rope_interleaved": False,
+}  # fmt: skip
 LLAMA = Family(
     always={**ALWAYS, "position": "rope", "norm": "rmsnorm"},
     settings={
