@@ -1,5 +1,7 @@
 """Laws of attention and positions: attention.py and kernels/attention.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -9,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels.attention as blocked
-from attention import Attention, causal_mask, document_mask
+from attention import (
+    Attention,
+    causal_mask,
+    document_mask,
+    full_mask,
+    prefix_mask,
+    sliding,
+)
 from kernels.attention import Mask, attend, attend_obvious
 from kernels.mask import visible
 from model import ModelConfig
@@ -113,6 +122,47 @@ def test_document_mask_sees_its_own_document_and_no_other(seed, T):
     seen = array(visible(document_mask(torch.from_numpy(starts)), T))
     for b, t, s in np.ndindex(3, T, T):
         assert seen[b, 0, t, s] == (s <= t and document[b, s] == document[b, t])
+
+
+@given(st.integers(1, 9), st.integers(0, 6), st.integers(1, 20))
+def test_a_window_sees_what_is_nearer_than_its_width(T, past, window):
+    """On either side, and inside what the mask allows; a wide one is full attention."""
+    config, S = ModelConfig(attention="sliding", window=window), past + T
+    place = past + torch.arange(T)[None]
+    for mask in (causal_mask(T, past), full_mask(T, S)):
+        before = array(visible(mask, S))
+        seen = array(visible(sliding(replace(mask, at=place), S, config), S))
+        for t, s in np.ndindex(T, S):
+            near = abs(past + t - s) < window
+            assert seen[0, 0, t, s] == (before[0, 0, t, s] and near)
+        assert window < S or (seen == before).all()
+
+
+@given(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=3))
+def test_tokens_of_a_prefix_see_each_other(T, prefixes):
+    seen = array(visible(prefix_mask(torch.tensor(prefixes), T), T))
+    for b, t, s in np.ndindex(len(prefixes), T, T):
+        assert seen[b, 0, t, s] == (s <= t or max(s, t) < prefixes[b])
+
+
+@given(seeds, st.sampled_from([0.0, 0.7]), st.booleans(), st.integers(1, 6))
+def test_a_layer_is_the_paper(seed, scale, qk_norm, T):
+    """Heads of their own projections, of unit length if that is wished, and the output's matrix."""
+    config = ModelConfig(dim=8, heads=2, vocab_size=1, score_scale=scale, qk_norm=qk_norm)
+    layer = Attention(config).double()
+    for p, x in zip(
+        layer.parameters(), normals(seed, *(p.shape for p in layer.parameters())), strict=True
+    ):
+        p.data.copy_(x.detach())
+    (x,) = normals(seed, (1, T, 8))
+    q, k, v = (array(x)[0] @ array(f.weight).T for f in (layer.query, layer.key, layer.value))
+    q, k, v = (part.reshape(1, T, 2, 4).transpose(0, 2, 1, 3) for part in (q, k, v))
+    if qk_norm:
+        q, k = (part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-6) for part in (q, k))
+    hi = np.arange(T)[None]
+    out = reference.attend(q, k, v, 0 * hi, hi, scale or 0.5)
+    want = out.transpose(0, 2, 1, 3).reshape(T, 8) @ array(layer.output.weight).T
+    assert_close(layer(x, causal_mask(T))[0][0], want)
 
 
 @given(seeds, st.integers(1, 8), st.integers(0, 8))

@@ -126,6 +126,9 @@ def test_who_sees_whom(config):
     """A changed token changes itself; in a decoder no bit before it, elsewhere what sees it."""
     model = random_model(config, 1)
     ids, source = (random_ids(config, n, B, T) for n in (3, 4))
+    assert not hasattr(model.position, "causal") or model.position.causal != (
+        config.arch == "encoder"
+    )
     other = ids.clone()
     other[:, 5] = (ids[:, 5] + 1) % config.vocab_size
     before, after = hidden(model, ids, source), hidden(model, other, source)

@@ -13,7 +13,7 @@ from helpers import array, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attention import ATTENTIONS, document_mask
+from attention import ATTENTIONS, document_mask, full_mask
 from generate import Cache, next_logits
 from model import (
     ACTIVATIONS,
@@ -23,6 +23,7 @@ from model import (
     ModelConfig,
     Transformer,
     count_parameters,
+    deepnorm,
     training_flops,
 )
 from positions import POSITIONS, SCALINGS
@@ -99,6 +100,51 @@ def test_gated_feed_forwards_hold_as_many_weights_as_plain_ones():
     assert 3 * gated == 2 * plain
 
 
+class Times(torch.nn.Module):
+    """A norm that is none: it multiplies, so that one sees what it was given."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+    def add(self, x, branch):
+        return x + branch, self(x + branch)
+
+
+def test_orders_are_their_formulas():
+    """pre: x + f(n(x)). post: n(αx + f(x)). Twice, with n = 2· or 3·, f = 5· or 7·."""
+    norms, branches = [Times(2), Times(3)], [Times(5), Times(7)]
+    one = torch.tensor(1.0)
+    assert ORDERS["pre"](one, norms, branches, 1.0) == (1 + 5 * 2) * (1 + 7 * 3)
+    assert ORDERS["post"](one, norms, branches, 1.0) == 3 * (1 + 7) * 2 * (1 + 5)
+    assert ORDERS["deepnorm"](one, norms, branches, 10.0) == 3 * (10 + 7) * 2 * (10 + 5)
+
+
+def test_deepnorm_has_the_numbers_of_table_1():
+    deep = replace(SMALL, order="deepnorm", layers=100)
+    for arch, encoder, alpha, beta in (
+        ("decoder", False, 200**0.25, 800**-0.25),
+        ("encoder", True, 200**0.25, 800**-0.25),
+        ("encdec", True, 0.81 * (100**4 * 100) ** (1 / 16), 0.87 * (100**4 * 100) ** (-1 / 16)),
+        ("encdec", False, 300**0.25, 1200**-0.25),
+    ):
+        got = deepnorm(replace(deep, arch=arch), encoder)
+        assert_close(np.array(got), np.array([alpha, beta]))
+    model = Transformer(replace(deep, layers=2, dim=64, vocab_size=2))
+    plain = Transformer(replace(deep, layers=2, dim=64, vocab_size=2, order="post"))
+    for name, p in model.named_parameters():
+        ratio = p.std() / dict(plain.named_parameters())[name].std()
+        scaled = "norm" not in name and name.endswith(
+            ("value.weight", "output.weight", "up.weight", "gate.weight", "down.weight")
+        )
+        if p.dim() == 2:
+            assert_close(ratio.detach(), np.array(16**-0.25 if scaled else 1.0), 1e-6)
+    assert deepnorm(SMALL, False) == (1, 1)
+
+
 # --- the whole ------------------------------------------------------------------------------------
 
 
@@ -134,6 +180,27 @@ def test_cached_logits_are_the_full_logits(dtype, bound, config, seed, B, parts,
         got = next_logits(model, cache, ids[:, at : at + n], torch.arange(at, at + n), pads)
         at += n
         assert_close(got, full[:, at - 1], bound)
+
+
+@given(configs, seeds, st.integers(2, 8))
+def test_all_of_a_source_reads_all_of_it(config, seed, S):
+    """What an encoder makes of its first token depends on its last; a mask tells it not to."""
+    config = replace(config, arch="encdec", layers=1, attention="full")
+    model, ids = random_model(config, seed), random_ids(config, seed, 1, S)
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % config.vocab_size
+    first, changed = (model.encode(x)[0].values[:, :, 0] for x in (ids, other))
+    assert not torch.equal(first, changed)
+    mask = full_mask(S, S - 1)
+    first, changed = (model.encode(x, mask)[0].values[:, :, 0] for x in (ids, other))
+    assert torch.equal(first, changed)
+
+
+@given(configs, seeds)
+def test_a_scaled_head_sees_less(config, seed):
+    plain, scaled = (random_model(replace(config, scaled_head=x), seed) for x in (False, True))
+    ids = random_ids(config, seed, 1, 4)
+    assert_close(scaled(ids), plain(ids) / 4)  # √16
 
 
 @given(configs, seeds, st.integers(1, 5), st.integers(1, 5))
