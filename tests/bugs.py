@@ -107,8 +107,8 @@ BUGS = {
             ('"at": ((B, T), (1, T))', '"at": ((B, T), (1, T), (1, 1))'),
             ("(-(-T // mask.block), -(-S // mask.block))", "(T // mask.block, S // mask.block)"),
             (
-                "if (mask.slopes is None) != (mask.at is None):",
-                "if mask.slopes is None and mask.at is not None:",
+                "if mask.slopes is not None and mask.at is None:",
+                "if mask.slopes is None and mask.at is None:",
             ),
         ],
     ),

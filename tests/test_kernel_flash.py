@@ -194,7 +194,7 @@ BAD = {
     "k .* and v": {"of_v": 4},
     "scale = 0": {"scale": 0.0},
     "no gradient": {"slopes": torch.ones(2, requires_grad=True), **AT},
-    "belong together": {"slopes": torch.ones(2)},
+    "slopes need mask.at": {"slopes": torch.ones(2)},
     "mask.slopes": {"slopes": torch.ones(1), **AT},
     "mask.at": {"slopes": torch.ones(2), "at": torch.zeros(1, 1).long()},
     "mask.hi": {"B": 2, "hi": torch.zeros(2, 5).long()},
