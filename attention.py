@@ -12,7 +12,7 @@ To add a kind of attention: a function that narrows the mask, or one with the si
 
 Papers: Vaswani et al. 2017 (arXiv 1706.03762); Ainslie et al. 2023, grouped-query attention (arXiv
 2305.13245); Henry et al. 2020, query-key normalization (arXiv 2010.04245); Beltagy et al. 2020,
-sliding windows (arXiv 2004.05150).
+sliding windows (arXiv 2004.05150). Patterns of blocks are in sparse.py, Performers in performer.py.
 
 Letters: B batch · T positions that look · S positions looked at · C model width · H heads ·
 K key-value heads · D head width · P positions already in the cache.
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from kernels.attention import Mask, attend
 from kernels.decode import decode
 from kernels.norm import rmsnorm
+from performer import Performer, whole_documents
 from positions import Rotation, Shaw
+from sparse import PATTERNS
 
 UNIT_EPS = 1e-6  # in the norm of queries and keys
 
@@ -117,7 +119,12 @@ class Kind(NamedTuple):
     attend: Callable[..., Callable] = lambda config: full  # what each layer attends with
 
 
-ATTENTIONS = {"full": Kind(), "sliding": Kind(sliding)}
+ATTENTIONS = {
+    "full": Kind(),
+    "sliding": Kind(sliding),
+    **{name: Kind(narrow) for name, narrow in PATTERNS.items()},
+    "performer": Kind(whole_documents, Performer),
+}
 
 
 # --- the layer ------------------------------------------------------------------------------------

@@ -320,11 +320,13 @@ def load(run: Run, device: torch.device) -> Writer:
 
 
 def load_folder(folder: Path, device: torch.device) -> Writer:
-    """The GPT-2 or Llama of a Hugging Face folder, with its tokenizer.
+    """The decoder of a Hugging Face folder, such as GPT-2 or Llama, with its tokenizer.
 
     What begins and what ends a text, config.json says, or else the tokenizer's end of text.
     """
     model = Transformer.load(folder)
+    if model.config.arch != "decoder":
+        raise UserError(f"{folder} holds no decoder, and so does not go on with a text")
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     end = {id for text, id in tokenizer.special.items() if text == END_OF_TEXT}
     begin, stop = (ids & tokenizer.known_ids or end for ids in begin_and_ends(folder))

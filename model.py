@@ -14,7 +14,7 @@ Variants are entries of tables: NORMS, ORDERS and ACTIVATIONS here, POSITIONS in
 ATTENTIONS in attention.py. The head stands apart from the stream, so that a fused loss, a reward or
 a value head attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
 `model.logits` their product. `Transformer.load` and `save` read and write the folders of Hugging
-Face's GPT-2 and Llama, as model_files.py has it.
+Face's GPT-2, Llama, Mistral, BERT, T5 and BLOOM, as model_files.py has it.
 
 Run: python -m pytest tests/test_model.py
 
@@ -44,6 +44,7 @@ from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
 from positions import POSITIONS, Rotation
+from presets import PUBLISHED
 from run import UserError, generator, settings, value_of
 
 # --- settings -------------------------------------------------------------------------------------
@@ -51,11 +52,16 @@ from run import UserError, generator, settings, value_of
 LARGEST = 1 << 28  # of any whole number here: a matrix with such sides has its bytes in 64 bits
 
 
+ADDED_TO_SCORES = ("relative", "t5", "alibi")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a transformer."""
 
-    preset: Literal["tiny", "gpt2"] = "tiny"  # a named shape, which the other settings then change
+    preset: Literal[("tiny", *PUBLISHED)] = (
+        "tiny"  # a named shape, which other settings then change
+    )
     arch: Literal["decoder", "encoder", "encdec"] = (
         "decoder"  # who reads and who writes: as GPT, as BERT, or as T5, which has both
     )
@@ -77,8 +83,14 @@ class ModelConfig:
     activation: Literal[
         "relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"
     ] = "swiglu"  # the feed-forward's bend; with "glu" gated
-    attention: Literal["full", "sliding"] = "full"  # who looks at whom
-    window: int = 128  # sliding: tokens that one sees on a side, itself counted
+    attention: Literal[
+        "full", "sliding", "strided", "fixed", "longformer", "bigbird", "performer"
+    ] = "full"  # who looks at whom
+    window: int = 128  # sliding: tokens that one sees on a side, itself counted; others: at least
+    block: int = 64  # strided, fixed, longformer, bigbird: tokens that are seen together or not
+    global_blocks: int = 1  # fixed: summaries of a span; longformer, bigbird: seen by all
+    random_blocks: int = 2  # bigbird: that each block draws
+    features: int = 256  # performer: random features of a key
     bias: bool = False  # biases in linears and norms
     tied: bool = True  # the head is the embedding
     scaled_head: bool = False  # what a head sees is divided by √dim (T5, where it is tied)
@@ -121,8 +133,15 @@ class ModelConfig:
                 f"RoPE turns pairs of channels, so --model.dim {self.dim} / --model.heads "
                 f"{self.heads} = {self.head_dim} must be even"
             )
-        if self.attention == "sliding" and self.window < 1:
-            raise UserError("--model.attention sliding needs a --model.window of at least 1")
+        if self.window < 1 or self.features < 1:
+            raise UserError("a model has a --model.window of at least 1, and as many features")
+        if self.block < 16 or self.block & (self.block - 1):
+            raise UserError(f"--model.block {self.block} must be a power of 2, at least 16")
+        if self.attention == "performer" and self.position in ADDED_TO_SCORES:
+            raise UserError(
+                f"--model.attention performer computes no scores to which --model.position "
+                f"{self.position} could add something: choose rope, sinusoidal, learned or none"
+            )
         if self.position == "t5" and not 4 <= self.buckets <= self.reach:
             raise UserError(
                 "--model.position t5 needs --model.buckets of 4 or more, and a reach no smaller"
@@ -148,13 +167,8 @@ class ModelConfig:
         return -(-8 * self.dim // 24) * 8 if ACTIVATIONS[self.activation].gated else 4 * self.dim
 
 
-GPT2 = {
-    "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True,
-    "qk_norm": False, "context": 1024, "vocab_size": 50257,
-}  # fmt: skip
-PRESETS = {
-    "tiny": ModelConfig(),
-    "gpt2": ModelConfig("gpt2", dim=768, layers=12, heads=12, **GPT2),
+PRESETS = {"tiny": ModelConfig()} | {
+    name: ModelConfig(name, **published.settings) for name, published in PUBLISHED.items()
 }
 
 
@@ -390,17 +404,25 @@ class Transformer(Stack):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Transformer":
-        """The GPT-2 or Llama of a Hugging Face folder, in fp32; UserError where there is none."""
+        """The model of a Hugging Face folder, in fp32; UserError where families.py knows none."""
         values, weights = read_folder(Path(folder))
         return assembled(settings(ModelConfig, values, f"{folder}/config.json"), weights)
 
     def save(
-        self, folder: str | Path, end: int | None = None, shard_bytes: int = 5_000_000_000
+        self,
+        folder: str | Path,
+        end: int | None = None,
+        shard_bytes: int = 5_000_000_000,
+        heads: nn.Module | None = None,
     ) -> None:
-        """Write such a folder, which transformers loads too; the token `end` ends a text."""
+        """Write such a folder, which transformers loads too; the token `end` ends a text.
+
+        The heads that stand beside a model, as heads.py loads them, are written with it.
+        """
         c = self.config
         values = asdict(c) | {"kv_heads": c.kv_heads_or_heads, "ffn_dim": c.ffn_width}
-        write_folder(Path(folder), values, self.state_dict(), end, shard_bytes)
+        beside = heads.state_dict() if heads is not None else {}
+        write_folder(Path(folder), values, self.state_dict() | beside, end, shard_bytes)
 
     @property
     def head_weight(self) -> Tensor:
@@ -523,7 +545,7 @@ def assembled(config: ModelConfig, weights: Weights) -> Transformer:
     return model
 
 
-def fill(model: Transformer, weights: Weights) -> None:
+def fill(model: nn.Module, weights: Weights) -> None:
     """Give a model the weights in files; UserError, before any is read, if one does not fit."""
     found, own = weights.load("meta"), model.state_dict()
     for name in sorted(own.keys() | found.keys()):
@@ -532,7 +554,7 @@ def fill(model: Transformer, weights: Weights) -> None:
             raise UserError(
                 f"{weights.files[0]} does not fit its config.json: {name} is {have}, not {want}"
             )
-    model.load_state_dict(weights.load(), assign=model.embedding.is_meta)
+    model.load_state_dict(weights.load(), assign=next(model.parameters()).is_meta)
 
 
 # --- counting -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Model files: the GPT-2 and Llama folders that people have, read into our names and written back.
+"""Model files: folders of GPT-2, Llama, Mistral, BERT, T5 and BLOOM in our names, and back.
 
 Idea: such a folder is a config.json, which says what the model is, and *.safetensors files, which
-hold its tensors: a table of names, types, shapes and places, then nothing but numbers. A `Family`
-is two tables, of settings and of names; the rest is the same for all.
+hold its tensors: a table of names, types, shapes and places, then nothing but numbers. What each
+family of models calls its settings and tensors, families.py says; the rest is the same for all.
 
     config.json        -> settings of a ModelConfig
     model.safetensors  -> `Weights`: first the shapes of our tensors, then the numbers
@@ -14,137 +14,30 @@ is refused by its name.
 
 Run: python -m pytest tests/test_model_files.py
 
-Formats: https://github.com/huggingface/safetensors; transformers' LlamaConfig and GPT2Config.
+Format: https://github.com/huggingface/safetensors
 """
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from run import UserError, plain, read_json, setting, sync, write_json
+from families import BARE, FAMILIES, IMPLIED, Family, check, taken
+from run import UserError, plain, read_json, sync, write_json
 
 LARGEST_JSON = 1 << 26  # bytes; a config has a thousand, an index of 100,000 tensors ten million
 DTYPES = ("F32", "F16", "BF16")  # fp32 holds their numbers without loss
-
-# --- the families ---------------------------------------------------------------------------------
-
-
-class Family(NamedTuple):
-    """A kind of model: what its files call our settings and tensors, and what it cannot be."""
-
-    always: dict[str, Any]  # settings of ours that all its models share
-    settings: dict[str, tuple[str, Any]]  # ours -> theirs; its value where config.json is silent
-    activations: dict[str, str]  # theirs -> ours
-    only: dict[str, Any]  # theirs that would change the function, and the one value known here
-    written: dict[str, Any]  # theirs that say nothing to us, but something to transformers
-    prefix: str  # may stand before every name but the head's
-    names: dict[str, tuple[str, ...]]  # theirs -> ours; several stand side by side in this order
-    transposed: bool  # the matrices of its blocks are (in out)
-
-
-def named(whole: dict[str, str], block: str, modules: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """Names with N for a block's number; what is no weight, such as a mask, is nothing of ours.
-
-    Each module of a block has a weight and perhaps a bias.
-    """
-    return {theirs: tuple(ours.split()) for theirs, ours in whole.items()} | {
-        f"{block}.N.{theirs}.{kind}": tuple(f"layers.N.{name}.{kind}" for name in ours.split())
-        for theirs, ours in modules.items()
-        for kind in ("weight", "bias")
-    }
-
-
-ALWAYS = {  # what neither family can be
-    "arch": "decoder", "order": "pre", "attention": "full", "window": 128, "qk_norm": False,
-    "head_width": 0, "scaled_head": False, "score_scale": 0.0, "embed_norm": False, "segments": 0,
-    "buckets": 32, "reach": 128, "rope_interleaved": False,
-}  # fmt: skip
-LLAMA = Family(
-    always={**ALWAYS, "position": "rope", "norm": "rmsnorm"},
-    settings={
-        "dim": ("hidden_size", None), "ffn_dim": ("intermediate_size", None),
-        "heads": ("num_attention_heads", None), "kv_heads": ("num_key_value_heads", 0),
-        "layers": ("num_hidden_layers", None), "context": ("max_position_embeddings", 2048),
-        "vocab_size": ("vocab_size", None), "tied": ("tie_word_embeddings", False),
-        "norm_eps": ("rms_norm_eps", 1e-6), "bias": ("attention_bias", False),
-        "activation": ("hidden_act", "silu"),
-    },
-    activations={"silu": "swiglu"},
-    only={
-        "partial_rotary_factor": 1.0, "original_max_position_embeddings": None,
-        "sliding_window": None, "quantization_config": None,
-    },
-    written={"architectures": ["LlamaForCausalLM"]},
-    prefix="model.",
-    names=named(
-        {
-            "embed_tokens.weight": "embedding", "lm_head.weight": "head",
-            "norm.weight": "norm.weight", "layers.N.self_attn.rotary_emb.inv_freq": "",
-        },
-        "layers",
-        {
-            "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-            "self_attn.q_proj": "attention.query", "self_attn.k_proj": "attention.key",
-            "self_attn.v_proj": "attention.value", "self_attn.o_proj": "attention.output",
-            "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down",
-        },
-    ),
-    transposed=False,
-)  # fmt: skip
-GPT2 = Family(
-    always={**ALWAYS, "position": "learned", "norm": "layernorm", "bias": True},
-    settings={
-        "dim": ("n_embd", None), "ffn_dim": ("n_inner", 0), "heads": ("n_head", None),
-        "layers": ("n_layer", None), "context": ("n_positions", None),
-        "vocab_size": ("vocab_size", None), "tied": ("tie_word_embeddings", True),
-        "norm_eps": ("layer_norm_epsilon", 1e-5), "activation": ("activation_function", "gelu_new"),
-    },
-    activations={"gelu_new": "gelu_tanh", "gelu": "gelu"},
-    only={
-        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False, "quantization_config": None,
-    },
-    written={
-        "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-    },
-    prefix="transformer.",
-    names=named(
-        {
-            "wte.weight": "embedding", "wpe.weight": "position.table", "lm_head.weight": "head",
-            "ln_f.weight": "norm.weight", "ln_f.bias": "norm.bias",
-            "h.N.attn.bias": "", "h.N.attn.masked_bias": "",  # masks
-        },
-        "h",
-        {
-            "ln_1": "attention_norm", "ln_2": "ffn_norm",
-            "attn.c_attn": "attention.query attention.key attention.value",
-            "attn.c_proj": "attention.output", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down",
-        },
-    ),
-    transposed=True,
-)  # fmt: skip
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
-
-ROPE = {  # ours -> theirs
-    "rope_factor": ("factor", float),
-    "rope_context": ("original_max_position_embeddings", int),
-    "rope_low": ("low_freq_factor", float),
-    "rope_high": ("high_freq_factor", float),
-}
-SCALINGS = {"none": (), "linear": ("rope_factor",), "llama3": tuple(ROPE)}  # what they have of it
 
 # --- config.json ----------------------------------------------------------------------------------
 
@@ -158,71 +51,70 @@ def read_small(path: Path) -> dict:
     return read_json(path)
 
 
-def taken(values: dict, key: str, kind: type, where: Path, silent: Any = None) -> Any:
-    """values[key], which must be of this kind; `silent` where it is missing or null."""
-    value = values.get(key)
-    return silent if value is None and silent is not None else setting(kind, value, where, key)
+def clashes(family: Family, hf: dict) -> list[str]:
+    return [key for key, value in family.only.items() if hf.get(key) not in (value, None)]
 
 
-def check(key: str, value: object, known: Sequence, where: Path | str) -> None:
-    if value not in known:
-        known = " or ".join(dict.fromkeys(map(json.dumps, known)))
-        raise UserError(f"{where}: {key} {short(value)} is not supported, only {known}")
-
-
-def read_settings(hf: dict, where: Path) -> dict[str, Any]:
-    """config.json as settings of a ModelConfig; UserError where our model would be another."""
-    check("model_type", hf.get("model_type"), list(FAMILIES), where)
-    family = FAMILIES[hf["model_type"]]
-    out, only = dict(family.always), dict(family.only)
+def read_settings(hf: dict, where: Path) -> tuple[Family, dict[str, Any]]:
+    """config.json as a family and settings; UserError where our model would be another."""
+    types = dict.fromkeys(family.written["model_type"] for family in FAMILIES.values())
+    check("model_type", hf.get("model_type"), list(types), where)
+    kinds = [f for f in FAMILIES.values() if f.written["model_type"] == hf["model_type"]]
+    family = min(kinds, key=lambda kind: len(clashes(kind, hf)))
+    for key in clashes(family, hf):
+        known = [kind.only[key] for kind in kinds if kind.only[key] != hf[key]]
+        check(key, hf[key], known, where)
+    for theirs, usual in family.also:
+        if hf.get(theirs) is not None:
+            check(usual, hf.get(usual, hf[theirs]), [hf[theirs]], where)
+            hf = hf | {usual: hf[theirs]}
+    out = dict(family.always)
     for ours, (theirs, silent) in family.settings.items():
-        out[ours] = taken(hf, theirs, int if silent is None else type(silent), where, silent)
-    check(family.settings["activation"][0], out["activation"], list(family.activations), where)
-    out["activation"] = family.activations[out["activation"]]
-    if family is LLAMA:
-        out |= read_rope(hf, where)
-        check("mlp_bias", hf.get("mlp_bias") or False, [out["bias"]], where)
-        only["head_dim"] = out["dim"] // max(out["heads"], 1)
-    for key, value in only.items():
-        check(key, hf.get(key), [value, None], where)
-    return out
+        implied = ours in IMPLIED and silent is not None and theirs in hf
+        default = 0 if implied else silent  # of null
+        out[ours] = taken(hf, theirs, int if silent is None else type(silent), where, default)
+        if ours in family.choices:
+            check(theirs, out[ours], list(family.choices[ours]), where)
+            out[ours] = family.choices[ours][out[ours]]
+    for part in family.parts:
+        out |= part.read(hf, out, where)
+    return family, out
 
 
-def read_rope(hf: dict, where: Path) -> dict[str, Any]:
-    """rope_parameters, or rope_theta and rope_scaling, as it was before transformers 5."""
-    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    if not isinstance(rope := hf.get(key) or {}, dict):
-        raise UserError(f"{where}: {key} cannot be {short(rope)}")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    check("rope_type", kind, ["default", "linear", "llama3"], where)
-    for key in rope:
-        known = [theirs for theirs, _ in ROPE.values()]
-        check("RoPE's", key, ["rope_type", "type", "rope_theta", *known], where)
-    kind = "none" if kind == "default" else kind
-    base = taken({"rope_theta": hf.get("rope_theta"), **rope}, "rope_theta", float, where, 1e4)
-    scaled = {ours: taken(rope, *ROPE[ours], where) for ours in SCALINGS[kind]}
-    return {"rope_scaling": kind, "rope_base": base, **scaled}
+def misfits(family: Family, settings: dict[str, Any]) -> list[tuple[str, list]]:
+    """Settings of ours for which a family has no word, and what it could say."""
+    dim, heads = settings["dim"], settings["heads"]
+    implied = dict(zip(IMPLIED, (heads, dim // heads, 4 * dim), strict=True))
+    placed = {*family.settings, *(name for part in family.parts for name in part.ours)}
+    fixed = {name: value for name, value in family.always.items() if name not in placed}
+    known = {name: [implied.get(name, value)] for name, value in fixed.items()}
+    known |= {name: list(choices.values()) for name, choices in family.choices.items()}
+    if not family.free_width and dim % heads:
+        known["heads"] = [gcd(dim, heads)]
+    return [(name, values) for name, values in known.items() if settings[name] not in values]
 
 
 def write_settings(settings: dict[str, Any], end: int | None) -> tuple[Family, dict[str, Any]]:
-    """A family and its config.json; UserError where it has no word for a setting of ours."""
-    kind = "llama" if settings["position"] == "rope" else "gpt2"
+    """The family that fits and its config.json; UserError where none has all that is needed."""
+    s = settings | {"head_width": settings["head_width"] or settings["dim"] // settings["heads"]}
+
+    def distance(kind: str) -> tuple[bool, int]:
+        other = FAMILIES[kind].always["position"] != s["position"]
+        return other, len(misfits(FAMILIES[kind], s))
+
+    kind = min(FAMILIES, key=distance)
     family = FAMILIES[kind]
-    theirs = {ours: theirs for theirs, ours in family.activations.items()}
-    check("activation", settings["activation"], list(theirs), f"a {kind} file")
-    for name, value in {"kv_heads": settings["heads"], **family.always}.items():
-        if name not in family.settings:
-            check(name, settings[name], [value], f"a {kind} file")
-    hf = {key: settings[ours] for ours, (key, _) in family.settings.items()}
-    hf[family.settings["activation"][0]] = theirs[settings["activation"]]
-    if family is LLAMA:
-        scaling = settings["rope_scaling"]
-        rope = {ROPE[ours][0]: settings[ours] for ours in SCALINGS[scaling]}
-        rope |= {"rope_type": "default" if scaling == "none" else scaling}
-        hf["rope_parameters"] = rope | {"rope_theta": settings["rope_base"]}
-        hf["mlp_bias"] = settings["bias"]
+    for name, known in misfits(family, s):
+        check(name, s[name], known, f"a {kind} file")
+    spelt = s | {
+        name: next(theirs for theirs, ours in choices.items() if ours == s[name])
+        for name, choices in family.choices.items()
+    }
+    hf = {theirs: spelt[ours] for ours, (theirs, _) in family.settings.items()}
+    for part in family.parts:
+        hf |= part.write(s)
     ends = {"bos_token_id": end, "eos_token_id": end}  # null: none; silence: transformers' default
-    return family, {"model_type": kind, **family.written, "dtype": "float32", **hf, **ends}
+    return family, {**family.written, "dtype": "float32", **hf, **ends}
 
 
 def begin_and_ends(folder: Path) -> list[set[int]]:
@@ -240,9 +132,10 @@ def our_names(family: Family | None, name: str, where: Path) -> tuple[str, ...]:
     """What stands in a tensor of theirs; without a family names are ours already."""
     if family is None:
         return (name,)
-    number = re.search(r"\.(0|[1-9][0-9]*)\.", name)
+    bare = name.removeprefix(family.prefix)
+    number = re.search(r"\.(0|[1-9][0-9]*)\.", bare)
     n = number[0] if number else ".N."
-    ours = family.names.get(name.removeprefix(family.prefix).replace(n, ".N."))
+    ours = family.names.get(bare, family.names.get(bare.replace(n, ".N.", 1)))
     if ours is None:
         raise UserError(f"{where}: {short(name)} is no tensor of such a model")
     return tuple(full.replace(".N.", n) for full in ours)
@@ -252,6 +145,20 @@ def turned(family: Family | None, ours: str, x: Tensor) -> Tensor:
     """A tensor of theirs as ours lies, or the other way round."""
     in_out = family is not None and family.transposed and ours.startswith("layers.")
     return x.T if in_out and x.dim() == 2 else x
+
+
+def cut(x: Tensor, parts: int, groups: int) -> list[Tensor]:
+    """Parts whose rows lie side by side in each group of rows: q k v, or q₁ k₁ v₁ q₂ k₂ v₂ …"""
+    if parts == 1:
+        return [x]
+    return [part.flatten(0, 1) for part in x.unflatten(0, (groups, parts, -1)).unbind(1)]
+
+
+def joined(parts: list[Tensor], groups: int) -> Tensor:
+    """What `cut` cuts."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 2)
 
 
 @contextmanager
@@ -282,30 +189,47 @@ class Weights:
     files: list[Path]
     family: Family | None = None
     tied: bool = False  # a head can only be the embedding once more
+    groups: int = 1  # of rows, in what is fused
 
-    def load(self, device: str = "cpu") -> dict[str, Tensor]:
-        """All by our names, in fp32, in memory of their own; on the meta device only the shapes."""
-        meta, out = device == "meta", {}
+    def each(self, meta: bool) -> Iterator[tuple[Path, str, tuple[str, ...], Tensor]]:
+        """A file, a name in it, its names here, and the tensor as it lies there, or its shape."""
         for path in self.files:
             with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118
-                    names = our_names(self.family, name, path)
-                    if not names:
-                        continue
-                    x = outline(file, name, path) if meta else file.get_tensor(name)
-                    if not meta and not x.isfinite().all():
-                        raise UserError(f"{path}: {name} holds a number that is not finite")
-                    x = turned(self.family, names[0], x)
-                    for ours, part in zip(names, x.chunk(len(names)), strict=False):
-                        if ours in out:
-                            raise UserError(f"{path}: {short(name)} is there twice")
-                        out[ours] = part if meta else torch.empty(part.shape).copy_(part)
-        head = out.pop("head", None) if self.tied else None
-        if head is not None and not meta and not head.equal(out["embedding"]):
-            raise UserError(
-                f"{self.files[0].parent}: the head is not the embedding, as config.json says"
-            )
+                    if names := our_names(self.family, name, path):
+                        x = outline(file, name, path) if meta else file.get_tensor(name)
+                        yield path, name, names, turned(self.family, names[0], x)
+
+    def load(self, device: str = "cpu") -> dict[str, Tensor]:
+        """All by our names, in fp32, in memory of their own; on the meta device only the shapes."""
+        meta, out, again = device == "meta", {}, []
+        for path, name, names, x in self.each(meta):
+            if names[0].startswith("=") or (self.tied and names[0] == "head"):
+                again.append((path, name, names[0].removeprefix("="), x))
+                continue
+            if len(names) > 1 and len(x) % (len(names) * self.groups):
+                alike = f"{len(names)} × {self.groups}" if self.groups > 1 else len(names)
+                raise UserError(f"{path}: {name} has {len(x)} rows, which are not {alike} alike")
+            for ours, part in zip(names, cut(x, len(names), self.groups), strict=True):
+                if ours in out:
+                    raise UserError(f"{path}: {short(name)} is there twice")
+                out[ours] = part if meta else torch.empty(part.shape).copy_(part)
+                if not meta and not torch.stack(out[ours].aminmax()).isfinite().all():  # or NaN
+                    raise UserError(f"{path}: {name} holds a number that is not finite")
+        for path, name, ours, x in () if meta else again:
+            ours = "embedding" if ours == "head" else ours
+            own = out.get(ours)
+            if own is None or own.shape != x.shape or not own.equal(x.float()):
+                raise UserError(f"{path}: {name} is not the {ours}, as it should be")
         return out
+
+    def has_own_head(self, shape: tuple[int, int]) -> bool:
+        """Whether a head of this shape stands there that is another matrix than the embedding."""
+        found = {names[0]: x.shape for _, _, names, x in self.each(meta=True)}
+        if {found.get("head"), found.get("embedding")} != {shape}:
+            return False
+        views = {names[0]: x for _, _, names, x in self.each(meta=False)}
+        return not views["head"].float().equal(views["embedding"].float())
 
 
 def shards(folder: Path) -> list[Path]:
@@ -333,31 +257,47 @@ def shards(folder: Path) -> list[Path]:
     return [folder / file for file in names]
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
-    """Settings of a ModelConfig, and the weights, of which nothing is loaded yet."""
+def read_folder(folder: Path, heads: bool = False) -> tuple[dict[str, Any], Weights]:
+    """Settings of a ModelConfig, and the weights, of which nothing is loaded yet.
+
+    The weights are those of the model or, if that is wished, those of the heads beside it.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    hf = read_small(folder / "config.json")
-    settings = read_settings(hf, folder / "config.json")
-    return settings, Weights(shards(folder), FAMILIES[hf["model_type"]], settings["tied"])
+    family, settings = read_settings(read_small(folder / "config.json"), folder / "config.json")
+    wanted, other = (family.heads, family.names) if heads else (family.names, family.heads)
+    family = family._replace(names={**wanted, **dict.fromkeys(other, ())})
+    groups = settings["heads"] if family.by_head else 1
+    weights = Weights(shards(folder), family, settings["tied"], groups)
+    shape = (settings["vocab_size"], settings["dim"])
+    if family.own_head and settings["tied"] and weights.has_own_head(shape):
+        settings, weights = settings | {"tied": False}, replace(weights, tied=False)
+    return settings, weights
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def exported(family: Family, tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Our tensors under their names, in fp32."""
+def exported(
+    family: Family, settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """Our tensors under their names, in fp32, and transformers' class of such a model."""
     out, left = {}, dict(tensors)
-    for theirs, ours in family.names.items():
-        prefix = "" if ours == ("head",) else family.prefix
-        for n in range(layers) if ".N." in theirs else (0,):
+    groups = settings["heads"] if family.by_head else 1
+    for theirs, ours in {**family.names, **family.heads}.items():
+        prefix = "" if theirs.startswith(BARE) else family.prefix
+        for n in range(settings["layers"]) if ".N." in theirs else (0,):
             parts = [left.pop(name.replace(".N.", f".{n}."), None) for name in ours]
             if parts and parts[0] is not None:
-                x = torch.cat(parts) if len(parts) > 1 else parts[0]
-                out[prefix + theirs.replace(".N.", f".{n}.")] = turned(family, ours[0], x.float())
+                x = turned(family, ours[0], joined(parts, groups).float())
+                out[prefix + theirs.replace(".N.", f".{n}.")] = x
     if left:
         raise UserError(f"a model file has no place for {min(left)}")
-    return plain(out)
+    heads = {names[0].split(".")[0] for names in family.heads.values()}
+    beside = tuple(sorted(heads & {name.split(".")[0] for name in tensors}))
+    if beside not in family.architectures:
+        raise UserError(f"transformers has no model with the heads {' and '.join(beside)} alone")
+    return plain(out), family.architectures[beside]
 
 
 def write_folder(
@@ -368,13 +308,13 @@ def write_folder(
     The token `end`, if there is one, begins and ends a text.
     """
     family, hf = write_settings(settings, end)
-    theirs = exported(family, tensors, settings["layers"])
+    theirs, architecture = exported(family, settings, tensors)
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists already: choose another folder")
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
     try:
         draft.mkdir(parents=True)
-        write_json(draft / "config.json", hf)
+        write_json(draft / "config.json", {"architectures": [architecture], **hf})
         write_tensors(draft, theirs, most)
         for path in (*draft.iterdir(), draft):
             sync(path)

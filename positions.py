@@ -185,7 +185,8 @@ def alibi_slopes(heads: int) -> Tensor:
         return [2 ** (-8 * h / n) for h in range(1, n + 1)]
 
     n = 1 << int(log2(heads))
-    return torch.tensor(powers(n) + powers(2 * n)[::2][: heads - n])
+    slopes = powers(n) + powers(2 * n)[::2][: heads - n]
+    return torch.tensor(slopes, device="cpu")  # a constant: it has its numbers on meta's models too
 
 
 class Alibi(NoPosition):

@@ -39,7 +39,7 @@ from model import (
     preset_in,
     training_flops,
 )
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, objective_for
 from optim import OPTIMIZERS, OptimConfig, learning_rate
 from packing import Mixture, whole
 from run import (
@@ -92,6 +92,7 @@ class Train:
         for name in ("steps", "batch", "accumulate", "evaluate_every", "save_every"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, at most {MOST:,}")
+        objective_for(self.objective, self.model.arch)
 
 
 MOST = 10**9  # of whatever is counted here

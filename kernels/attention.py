@@ -11,12 +11,14 @@ Papers: Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); Dao 2023, FlashAttention-
 al. 2023, grouped heads (arXiv 2305.13245).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from kernels import launch
 from kernels.flash import TritonAttention
-from kernels.mask import Mask, check_shapes, dense, visible
+from kernels.mask import Mask, check_shapes, dense
 
 BLOCK = 64  # queries at a time: a block of scores then stays in a core's own cache
 
@@ -47,14 +49,12 @@ def attend_with_lse_obvious(
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """The same function and gradients as `attend_obvious`: in Triton on CUDA, else in torch.
 
-    There the plain interval goes block by block, other masks through the obvious version.
+    There it goes block by block; slopes get no gradient.
     """
     if q.is_cuda:
         return attend_triton(q, k, v, mask, scale)
     check_shapes(q, k, v, mask)
-    if not mask.plain:
-        return attend_obvious(q, k, v, mask, scale)
-    return BlockedAttention.apply(q, k, v, mask, scale)
+    return BlockedAttention.apply(q, k, v, mask.bias, mask, scale)
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -97,73 +97,100 @@ def check_triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> N
 class BlockedAttention(torch.autograd.Function):
     """Attention over blocks of queries; the backward pass computes each block's weights again.
 
-    With P = softmax(scale·Q Kᵀ) and O = P V (FlashAttention-2, section 2.1):
-    dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − rowsum(dO ∘ O)),  dQ = scale·dS K,  dK = scale·dSᵀ Q.
+    With P = softmax(scale·Q Kᵀ + bias) and O = P V (FlashAttention-2, section 2.1): dV = Pᵀ dO,
+    dP = dO Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)), dQ = scale·dS K, dK = scale·dSᵀ Q, dbias = dS.
     Query heads that share a key-value head are laid side by side as more rows: (B K, G·t, D).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, scale):
+    def forward(ctx, q, k, v, bias, mask, scale):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for rows, keys, hidden, blind in blocks(mask, k.shape[2]):
-            weights = block_weights(q[:, :, rows], k[:, :, keys], hidden, scale)
-            o = ungroup(weights @ merge(v[:, :, keys]), q[:, :, rows].shape)
-            out[:, :, rows] = o if blind is None else o.masked_fill(blind, 0)
-        ctx.save_for_backward(q, k, v, out, mask.lo, mask.hi)
-        ctx.scale = scale
+        for rows, keys, hidden, added in blocks(mask, k):
+            weights = block_weights(q[:, :, rows], k[:, :, keys], hidden, added, scale)
+            out[:, :, rows] = ungroup(weights @ merge(v[:, :, keys]), q[:, :, rows].shape)
+        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.mask, ctx.scale = replace(mask, bias=None), scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, lo, hi = ctx.saved_tensors
+        q, k, v, bias, out = ctx.saved_tensors
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        dbias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         B, K, _, D = k.shape
-        for rows, keys, hidden, blind in blocks(Mask(lo, hi), k.shape[2]):
-            do = grad[:, :, rows]
-            do = group(do if blind is None else do.masked_fill(blind, 0), K)
-            q_block, k_block = group(q[:, :, rows], K), merge(k[:, :, keys])
-            p = block_weights(q[:, :, rows], k[:, :, keys], hidden, ctx.scale)
+        for rows, keys, hidden, added in blocks(replace(ctx.mask, bias=bias), k):
+            do, q_block, k_block = (
+                group(grad[:, :, rows], K),
+                group(q[:, :, rows], K),
+                k[:, :, keys],
+            )
+            p = block_weights(q[:, :, rows], k_block, hidden, added, ctx.scale)
             dv[:, :, keys] += (p.transpose(1, 2) @ do).view(B, K, -1, D)
             ds = do @ merge(v[:, :, keys]).transpose(1, 2)
             ds -= (do * group(out[:, :, rows], K)).sum(-1, keepdim=True)
             ds *= p
+            if dbias is not None:
+                each = ungroup(ds, (*q[:, :, rows].shape[:3], -1))  # B H t s
+                dbias[:, :, rows, keys] += each.sum_to_size(*bias.shape[:2], *each.shape[2:])
             ds *= ctx.scale
-            dq[:, :, rows] = ungroup(ds @ k_block, q[:, :, rows].shape)
+            dq[:, :, rows] = ungroup(ds @ merge(k_block), q[:, :, rows].shape)
             dk[:, :, keys] += (ds.transpose(1, 2) @ q_block).view(B, K, -1, D)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, dbias, None, None
 
 
-def blocks(mask: Mask, S: int):
-    """For each block of queries: its rows, the keys that any of them sees, and what stays hidden.
+def blocks(mask: Mask, k: Tensor):
+    """For each block of queries: its rows, the keys that any of them sees, and how they see them.
 
-    Yields (rows, keys, hidden, blind): two slices; hidden (B 1 t s), true where a key in reach is
-    not seen, or None; blind (B 1 t 1), true for queries that see nothing, or None. A blind query is
-    let look at one key, so that no row of the softmax is empty, and its result is cleared.
+    Yields (rows, keys, hidden, added): a slice; a slice, or, with a layout, whose empty blocks are
+    left out, the numbers of keys; hidden (B H t s), true where one of these keys is not seen, or
+    None; added (B H t s) to the scores, or None. B and H may be 1.
     """
-    lo, hi = mask.lo.clamp(min=0), mask.hi.clamp(max=S - 1)
-    blind = (lo > hi)[:, None, :, None]
-    lo = lo.clamp(max=S - 1)
-    hi = torch.maximum(lo, hi)
-    for start in range(0, lo.shape[1], BLOCK):
-        rows = slice(start, min(start + BLOCK, lo.shape[1]))
-        first, last = int(lo[:, rows].min()), int(hi[:, rows].max())
-        hidden = ~visible(Mask(lo[:, rows] - first, hi[:, rows] - first), last - first + 1)
-        yield (
-            rows,
-            slice(first, last + 1),
-            hidden if hidden.any() else None,
-            blind[:, :, rows] if blind[:, :, rows].any() else None,
-        )
+    S, wide = k.shape[2], torch.promote_types(k.dtype, torch.float32)
+    for start in range(0, mask.lo.shape[1], BLOCK):
+        rows = slice(start, min(start + BLOCK, mask.lo.shape[1]))
+        lo, hi = mask.lo[:, rows, None], mask.hi[:, rows, None]
+        first = max(0, int(lo.min()))
+        keys = slice(first, max(first, min(S, int(hi.max()) + 1)))
+        s = torch.arange(keys.start, keys.stop, device=lo.device)
+        if mask.layout is not None:
+            t = torch.arange(rows.start, rows.stop, device=lo.device)
+            one_row = start // mask.block == (rows.stop - 1) // mask.block
+            open_rows = mask.layout[:, t[:1] // mask.block if one_row else t // mask.block]
+            keys = s = s[open_rows.flatten(0, 1).any(0)[s // mask.block]]
+        hidden = ((s < lo) | (s > hi))[:, None]
+        if mask.layout is not None and open_rows.shape[:2] != (1, 1):
+            hidden = hidden | ~open_rows[:, :, s // mask.block]
+        added = None if mask.bias is None else mask.bias[:, :, rows, keys]
+        if mask.slopes is not None:
+            distance = (mask.at[:, rows, None] - s).abs()
+            slopes = mask.slopes.to(wide)[:, None, None] * distance[:, None]
+            added = -slopes if added is None else added - slopes
+        yield rows, keys, hidden if hidden.any() else None, added
 
 
-def block_weights(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) over the visible keys, one block of queries: (B K, G·t, s)."""
+def block_weights(
+    q: Tensor, k: Tensor, hidden: Tensor | None, added: Tensor | None, scale: float
+) -> Tensor:
+    """softmax(scale · q kᵀ + added) over the visible keys, one block of queries: (B K, G·t, s).
+
+    The weights of a query that sees nothing are 0, so that it gives zeros and no gradient.
+    """
     (B, H, t, _), (_, K, s, _) = q.shape, k.shape
     scores = group(q * scale, K) @ merge(k).transpose(1, 2)
-    if hidden is not None:
-        scores.view(B, H, t, s).masked_fill_(hidden, -torch.inf)
-    return scores.softmax(-1)
+    each = scores.view(B, H, t, s)
+    if added is not None:
+        each += added
+        unseen = added == -torch.inf
+        hidden = unseen if hidden is None else hidden | unseen
+    if hidden is None:
+        return scores.softmax(-1)
+    each.masked_fill_(hidden, -torch.inf)
+    weights = scores.softmax(-1)
+    blind = hidden.all(-1, keepdim=True)
+    if blind.any():
+        weights.view(B, H, t, s).masked_fill_(blind, 0)
+    return weights
 
 
 def merge(x: Tensor) -> Tensor:

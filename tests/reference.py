@@ -118,3 +118,45 @@ def nucleus(probabilities, p):
         chosen.add(i)
         total += probabilities[i]
     return chosen
+
+
+# --- attention that sees less, or by features -----------------------------------------------------
+
+
+def performer(q, k, v, lo, hi, w, scale):
+    """One query at a time: the weight of a key is Σ_m φ_m(q) φ_m(k) (Choromanski et al., eq. 5).
+
+    φ_m(x) = exp(w_m·x − |x|²/2) of x = √scale · q or k (lemma 1), all divided by the largest
+    there is, so that they do not vanish.
+    """
+    (B, H, T, _), K = q.shape, k.shape[1]
+    out = np.zeros(q.shape)
+    for b, h, t in np.ndindex(B, H, T):
+        x = math.sqrt(scale) * q[b, h, t]
+        logs = {}
+        for s in range(max(lo[b, t], 0), min(hi[b, t], k.shape[2] - 1) + 1):
+            y = math.sqrt(scale) * k[b, h * K // H, s]
+            logs[s] = [direction @ (x + y) - (x @ x + y @ y) / 2 for direction in w]
+        top = max(map(max, logs.values()), default=0)
+        weights = {s: sum(math.exp(one - top) for one in row) for s, row in logs.items()}
+        for s, weight in weights.items():
+            out[b, h, t] += weight / sum(weights.values()) * v[b, h * K // H, s]
+    return out
+
+
+def blocks_seen(pattern, i, n, near, special):
+    """The blocks among n that block i looks at, as the papers write the sets, both ways in time.
+
+    near: the Sparse Transformer's l, or a window of so many blocks on each side; special: its c, or
+    the number of global blocks.
+    """
+    every = set(range(n))
+    if pattern == "strided":  # Child et al. 2019, section 4.2: A(1) and A(2)
+        return every & set(range(i - near, i + near + 1)) | set(range(i % near, n, near))
+    if pattern == "fixed":
+        span = set(range(i // near * near, i // near * near + near))
+        ends = [range(e - special, e) for e in range(near, n + near, near)]
+        return every & span.union(*ends) if special <= near else every
+    if i < special:
+        return every
+    return every & (set(range(i - near, i + near + 1)) | set(range(special)))

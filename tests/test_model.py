@@ -34,23 +34,33 @@ SMALL = ModelConfig(
     dim=16, layers=2, heads=4, context=12, vocab_size=11, rope_context=6, reach=8, buckets=6,
     window=3,
 )  # fmt: skip
-configs = st.builds(
-    replace,
-    st.just(SMALL),
-    kv_heads=st.sampled_from([0, 1, 2]),
-    position=st.sampled_from(sorted(POSITIONS)),
-    norm=st.sampled_from(sorted(NORMS)),
-    order=st.sampled_from(sorted(ORDERS)),
-    attention=st.sampled_from(sorted(ATTENTIONS)),
-    embed_norm=st.booleans(),
-    rope_interleaved=st.booleans(),
-    head_width=st.sampled_from([0, 6]),
-    activation=st.sampled_from(sorted(ACTIVATIONS)),
-    bias=st.booleans(),
-    tied=st.booleans(),
-    qk_norm=st.booleans(),
-    rope_scaling=st.sampled_from(sorted(SCALINGS)),
+
+
+def makes_sense(choices):
+    try:
+        return bool(replace(SMALL, **choices))
+    except UserError:
+        return False
+
+
+choices = st.fixed_dictionaries(
+    {
+        "kv_heads": st.sampled_from([0, 1, 2]),
+        "position": st.sampled_from(sorted(POSITIONS)),
+        "norm": st.sampled_from(sorted(NORMS)),
+        "order": st.sampled_from(sorted(ORDERS)),
+        "attention": st.sampled_from(sorted(ATTENTIONS)),
+        "embed_norm": st.booleans(),
+        "rope_interleaved": st.booleans(),
+        "head_width": st.sampled_from([0, 6]),
+        "activation": st.sampled_from(sorted(ACTIVATIONS)),
+        "bias": st.booleans(),
+        "tied": st.booleans(),
+        "qk_norm": st.booleans(),
+        "rope_scaling": st.sampled_from(sorted(SCALINGS)),
+    }
 )
+configs = choices.filter(makes_sense).map(lambda chosen: replace(SMALL, **chosen))
 
 
 def random_model(config, seed):
@@ -272,7 +282,7 @@ def test_gpt2_has_as_many_parameters_as_openai_s():
     assert count_parameters(one_block) == 124_439_808 - 11 * 7_087_872
 
 
-@given(configs.filter(lambda config: config.position != "relative"))
+@given(configs.filter(lambda c: c.position != "relative" and c.attention in ("full", "sliding")))
 def test_flops_count_every_product_once(config):
     """6 N + 12 L C T against a count of every product that the forward pass makes."""
     from torch.utils.flop_counter import FlopCounterMode
