@@ -363,6 +363,10 @@ def test_a_preset_is_changed_by_other_flags_in_either_order(order):
 
 def test_every_preset_can_be_named():
     for name, model in PRESETS.items():
+        if model.arch != "decoder":
+            with pytest.raises(UserError, match=f"for --model.arch decoder, not {model.arch}"):
+                parse(["--model.preset", name])
+            continue
         assert parse(["--model.preset", name])[0].model == model
         assert parse([f"--model.preset={name}"])[0].model == model
     assert parse([])[0] == Train()
