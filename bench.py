@@ -42,12 +42,12 @@ from model import (
     Transformer,
     count_parameters,
     preset_in,
-    training_flops,
 )  # fmt: skip
 from objectives import Batch
 from optim import OPTIMIZERS, OptimConfig
 from pieces import SPLIT_PATTERNS
 from run import UserError, generator, main
+from scaling import exact_flops
 from step import machine, matmul_peak, pick_device, to, update
 from vocabulary import END_OF_TEXT
 
@@ -243,7 +243,7 @@ def of_update(config: Bench) -> Iterator[Comparison]:
     device = pick_device(config.device)
     model = Transformer(config.model)
     tokens = config.batch * config.model.context
-    flops = training_flops(model, config.model.context)
+    flops = exact_flops(config.model, config.model.context) / config.model.context
     peaks = [matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
     print(
         f"{count_parameters(model):,} parameters, {tokens:,} tokens an update, "

@@ -40,6 +40,7 @@ import documents
 import packing
 import quality
 import redact
+import wordpiece
 from bpe import BPE
 from clean import Item, Step, Store, Texts, gather
 from dedup import SPLIT, clusters, first_copies, shared_spans, split_by_cluster, text_hashes
@@ -48,11 +49,12 @@ from objectives import IGNORE
 from packing import Mixture, Part, Shards, ShardWriter
 from run import RUNS, UserError, main, read_sealed, write_sealed
 from tokenizer import KINDS, load
-from vocabulary import Tokenizer
+from vocabulary import END_OF_TEXT, Tokenizer
 
 # What these do decides what the token files hold.
 MADE_BY = (clean, dedup, documents, packing, quality, redact)
 CACHE = RUNS / "cache"
+FIXED = {"wordpiece": wordpiece.SPECIAL}  # special tokens that a kind always has
 LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
 
 
@@ -237,18 +239,21 @@ def prepare(
     cutting: TokenizerConfig,
     tokenizer: Tokenizer | None = None,
     cache: Path = CACHE,
+    special: tuple[str, ...] = (),
 ) -> Corpus:
-    """The corpus as tokens, made now or found from before; a tokenizer is trained unless given."""
-    marks = identity(config)
-    key = hashlib.blake2b(
-        json.dumps(
-            [marks, asdict(cutting) if tokenizer is None else tokenizer.fingerprint]
-        ).encode(),
-        digest_size=8,
-    ).hexdigest()
-    folder = cache / key
+    """The corpus as tokens, made now or found from before; a tokenizer is trained unless given.
+
+    special: the texts that one trained here has as special tokens, beside those of its kind.
+    """
+    how = [asdict(cutting), special] if tokenizer is None else tokenizer.fingerprint
+    marks = json.dumps([identity(config), how]).encode()
+    folder = cache / hashlib.blake2b(marks, digest_size=8).hexdigest()
+
+    def write(out: Path) -> None:
+        tokenize(config, lambda texts: tokenizer or make_tokenizer(texts, cutting, special), out)
+
     if not (folder / "meta.json").is_file():
-        make(folder, lambda out: tokenize(config, cutting, tokenizer, out))
+        make(folder, write)
     try:
         tokenizer, meta = load(folder), read_sealed(folder / "meta.json")
         if tokenizer.fingerprint != meta["tokenizer"]:
@@ -288,7 +293,7 @@ def identity(config: DataConfig) -> list:
 
 
 def tokenize(
-    config: DataConfig, cutting: TokenizerConfig, tokenizer: Tokenizer | None, out: Path
+    config: DataConfig, tokenizer_for: Callable[[Iterable[str]], Tokenizer], out: Path
 ) -> None:
     """Read, clean, divide, train the tokenizer on one side, write tokens and a description."""
     with TemporaryDirectory(dir=out.parent) as scratch:
@@ -303,9 +308,8 @@ def tokenize(
                 f"{named(config)} holds {len(held)} copies of one document, so that none can be "
                 "held out: give more text, or only one copy"
             )
-        if tokenizer is None:
-            texts = (item.document.text for item, is_out in split(store, held) if not is_out)
-            tokenizer = make_tokenizer(texts, cutting)
+        texts = (item.document.text for item, is_out in split(store, held) if not is_out)
+        tokenizer = tokenizer_for(texts)
         meta = write_tokens(split(store, held), len(held), tokenizer, out)
     tokenizer.save(out / tokenizer.file_name)
     tokenizer = load(out)  # as it will be known
@@ -385,16 +389,20 @@ def encode(
     return [*tokenizer.encode_batch(texts)]
 
 
-def make_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+def make_tokenizer(
+    texts: Iterable[str], config: TokenizerConfig, further: tuple[str, ...] = ()
+) -> Tokenizer:
+    """A tokenizer learnt from texts, with further special tokens."""
+    size, special = config.vocab_size, (*FIXED.get(config.kind, (END_OF_TEXT,)), *further)
     try:
         match config.kind:
             case "bytes":
-                return BPE.bytes()
+                return BPE.bytes(special)
             case "characters":
-                return BPE.characters(texts, config.vocab_size)
+                return BPE.characters(texts, size, special)
             case "bpe":
-                return BPE.train(texts, config.vocab_size, config.pattern, progress=True)
-        return KINDS[config.kind].train(texts, config.vocab_size, progress=True)
+                return BPE.train(texts, size, config.pattern, special, progress=True)
+        return KINDS[config.kind].train(texts, size, special, progress=True)
     except ValueError as error:
         raise UserError(f"--tokenizer.vocab-size does not suit this text: {error}") from None
 

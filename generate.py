@@ -10,7 +10,12 @@ Run: python generate.py                              three samples from the newe
      python generate.py --prompt "Return the" --greedy
      python generate.py --bench gpt2 --samples 1       how fast this machine writes
 
-With `--model FOLDER` the model is not a run's but a GPT-2 or Llama in Hugging Face's layout.
+With `--model FOLDER` the model is not a run's but one in Hugging Face's layout, such as a GPT-2, a
+Llama, a T5 or a BERT. A model that has an encoder reads the prompt and writes an answer to it; one
+that is an encoder fills in what is masked:
+
+     python generate.py --prompt "Return the <|mask|> of the list."
+     python generate.py --special --prompt "Return the <extra_id_0> of the list."
 
 Papers: Fan et al. 2018, top-k (arXiv 1805.04833); Holtzman et al. 2020, top-p (arXiv 1904.09751);
 Pope et al. 2023, the cache (arXiv 2211.05102).
@@ -23,8 +28,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
@@ -35,8 +41,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention import KeyValue, Mask
+from heads import load_heads
 from model import NORMS, PRESETS, ModelConfig, Transformer, assembled, count_parameters, fill
-from model_files import Weights, begin_and_ends
+from model_files import Weights, special_ids
+from objectives import MASK
 from run import RUNS, Run, UserError, generator, main, read_json, settings
 from step import check_memory, pick_device, pick_dtype
 from tokenizer import load as read_tokenizer
@@ -141,19 +149,47 @@ class Cache:
         return [Slot(k, v, place, shown) for k, v in self.buffer]
 
 
+class Source(NamedTuple):
+    """What an encoder has read, for the decoder's layers to look at."""
+
+    memory: list[KeyValue]
+    last: Tensor  # (B 1), the last place of each text; behind it is nothing
+
+    def mask(self, T: int) -> Mask:
+        """T tokens of each sample see the whole of its text."""
+        last = self.last.expand(-1, T)
+        return Mask(torch.zeros_like(last), last)
+
+
+@torch.no_grad()
+def read_source(model: Transformer, texts: list[list[int]]) -> Source:
+    """Texts of one token or more through the encoder, filled up on the right."""
+    S, device = max(map(len, texts)), model.embedding.device
+    if model.config.context < S:
+        raise UserError(
+            f"the prompt has {S} tokens, more than the model's context of {model.config.context}: "
+            "shorten it"
+        )
+    ids = torch.tensor([text + [0] * (S - len(text)) for text in texts], device=device)
+    last = torch.tensor([[len(text) - 1] for text in texts], device=device)
+    return Source(model.encode(ids, Source([], last).mask(S)), last)
+
+
 @torch.no_grad()
 def next_logits(
-    model: Transformer, cache: Cache, ids: Tensor, place: Tensor, pads: Tensor
-) -> Tensor:
+    model: Transformer, cache: Cache, ids: Tensor, place: Tensor, pads: Tensor,
+    source: Source | None = None, whole: bool = False,
+) -> Tensor:  # fmt: skip
     """Logits (B V) after ids (B T), which come to stand at place (T) in the cache.
 
     Rows are filled on the left: one with n pads, pads (B), has its first real token at position 0
-    and never sees the pads.
+    and never sees the pads. whole: these ids all see each other.
     """
-    place = place[None]
-    mask = Mask(pads[:, None].expand(-1, ids.shape[1]), place.expand(len(ids), -1))
+    T, hi = ids.shape[1], place[-1:] if whole else place
+    mask = Mask(pads[:, None].expand(-1, T), hi.expand(len(ids), T))
     positions = (place - pads[:, None]).clamp(min=0)
-    hidden, _ = model.extend(ids, cache.past(place[0]), positions, mask)
+    looked_at = {} if source is None else {"memory": source.memory, "cross_mask": source.mask(T)}
+    hidden, _ = model.extend(ids, cache.past(place), positions, mask, **looked_at)
     return model.logits(hidden[:, -1])
 
 
@@ -190,6 +226,8 @@ def tokens_on_device(
     how: Sampling,
     seed: int,
     never: Sequence[int] = (),
+    sources: list[list[int]] | None = None,
+    whole: bool = False,
 ) -> Iterator[Tensor]:
     """The next token of each prompt (B), `tokens` times: nothing here waits for a GPU."""
     longest, device = max(map(len, prompts)), model.embedding.device
@@ -200,11 +238,11 @@ def tokens_on_device(
     drawn = [torch.rand(tokens, dtype=torch.float64, generator=s) for s in streams]
     u = torch.stack(drawn, 1).to("cuda" if ids.is_cuda else "cpu")  # T B
     cache = Cache(model, len(prompts), longest + tokens - 1)
-
+    source = read_source(model, sources) if sources else None
     unknown = torch.tensor(never, dtype=torch.long, device=device)
 
     def step() -> Tensor:
-        logits = next_logits(model, cache, ids, place, pads)
+        logits = next_logits(model, cache, ids, place, pads, source, whole)
         return logits.index_fill(-1, unknown, -torch.inf) if never else logits
 
     logits = step()
@@ -248,12 +286,15 @@ def generate(
     stop: set[int],
     seed: int,
     never: Sequence[int] = (),
+    sources: list[list[int]] | None = None,
+    whole: bool = False,
 ) -> Iterator[list[int | None]]:
     """Continue each prompt by at most `tokens` tokens; yields one a prompt, None where it ended.
 
     A sample ends at a stop token, which is yielded too; all end when the longest prompt and its
     text have filled the context. Sample i draws from its own stream of randomness, whatever stands
-    beside it. No token of `never` is drawn.
+    beside it. No token of `never` is drawn. sources: what the encoder of an encdec reads for each;
+    whole: the tokens of a prompt see each other, as in a prefix LM.
     """
     longest, room = max(map(len, prompts)), model.config.context
     if min(map(len, prompts)) == 0:
@@ -264,7 +305,7 @@ def generate(
         )
     tokens = min(tokens, room - longest + 1)
     done = [False] * len(prompts)
-    for chosen in read(tokens_on_device(model, prompts, tokens, how, seed, never)):
+    for chosen in read(tokens_on_device(model, prompts, tokens, how, seed, never, sources, whole)):
         yield [None if ended else t for ended, t in zip(done, chosen, strict=True)]
         done = [ended or t in stop for ended, t in zip(done, chosen, strict=True)]
         if all(done):
@@ -300,6 +341,10 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     begin: list[int]  # what stands before every text
     stop: set[int]  # what ends one
+    close: Sequence[int] = ()  # what stands behind a text that an encoder reads
+    answer: Sequence[int] = ()  # what a text begins with that answers another, in an encdec
+    whole: bool = False  # a prompt was seen whole in training
+    head: Callable[[Tensor], Tensor] | None = None  # of an encoder: hidden states to scores
 
 
 def load(run: Run, device: torch.device) -> Writer:
@@ -311,26 +356,38 @@ def load(run: Run, device: torch.device) -> Writer:
     trained = read_json(newest / "train_state.json")
     if not str(trained.get("text")).startswith(f"{tokenizer.fingerprint}-"):
         raise UserError(f"the tokenizer in {run.folder} is not the one that it was trained with")
-    shape = trained.get("settings", {}).get("model", asdict(config))
+    kept = trained.get("settings", {"model": asdict(config)})  # older runs have none
+    shape = kept.get("model") if isinstance(kept, dict) else kept
     if settings(ModelConfig, shape, f"{newest}/train_state.json", "model.") != config:
         raise UserError(f"the model of {where} is not the one that {newest} was trained with")
     model = assembled(config, Weights([newest / "model.safetensors"]))
-    end = tokenizer.end_of_text
-    return Writer(model.to(device).eval(), tokenizer, [end], {end})
+    model, end = model.to(device).eval(), tokenizer.end_of_text
+    whole = run.config().get("objective", "causal") != "causal"
+    return Writer(model, tokenizer, [end], {end}, [], [end], whole, model.logits)
 
 
 def load_folder(folder: Path, device: torch.device) -> Writer:
-    """The decoder of a Hugging Face folder, such as GPT-2 or Llama, with its tokenizer.
+    """The model of a Hugging Face folder, such as GPT-2, T5 or BERT, with its tokenizer.
 
-    What begins and what ends a text, config.json says, or else the tokenizer's end of text.
+    What begins and what ends a text, config.json says, or else the tokenizer's end of text. BERT's
+    texts stand between [CLS] and [SEP], T5's before </s>.
     """
-    model = Transformer.load(folder)
-    if model.config.arch != "decoder":
-        raise UserError(f"{folder} holds no decoder, and so does not go on with a text")
+    model = Transformer.load(folder).to(device).eval()
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     end = {id for text, id in tokenizer.special.items() if text == END_OF_TEXT}
-    begin, stop = (ids & tokenizer.known_ids or end for ids in begin_and_ends(folder))
-    return Writer(model.to(device).eval(), tokenizer, sorted(begin), stop)
+    begin, stop, answer = (ids & tokenizer.known_ids for ids in special_ids(folder))
+    match model.config.arch:
+        case "decoder":
+            return Writer(model, tokenizer, sorted(begin or end), stop or end)
+        case "encdec":
+            answer = sorted(answer or begin or end)
+            return Writer(model, tokenizer, [], stop or end, sorted(stop or end), answer)
+    around = ([tokenizer.special[t]] if t in tokenizer.special else [] for t in ("[CLS]", "[SEP]"))
+    heads = load_heads(folder).to(device)
+    if "masked" not in heads:
+        raise UserError(f"{folder} has no head that says which token was masked")
+    head = partial(heads["masked"], embedding=model.embedding)
+    return Writer(model, tokenizer, next(around), set(), next(around), head=head)
 
 
 def cast(model: Transformer, dtype: torch.dtype) -> None:
@@ -354,8 +411,9 @@ class Generate(Sampling):
     run: str = (
         ""  # a run's name or folder; empty: the newest (a small one is trained if there is none)
     )
-    model: str = ""  # instead of a run: the folder of a GPT-2 or Llama in Hugging Face's layout
-    prompt: str = ""  # what the text begins with; empty: the beginning of a document
+    model: str = ""  # instead of a run: the folder of a model in Hugging Face's layout
+    prompt: str = ""  # what the text begins with, or answers; empty: the beginning of a document
+    special: bool = False  # special tokens in the prompt, such as <extra_id_0>, are not its letters
     samples: int = 3  # texts written at once
     tokens: int = 200  # longest text, in tokens
     stop: tuple[str, ...] = ()  # further texts, each one token, that end a sample
@@ -400,20 +458,33 @@ def continued(tokenizer: Tokenizer, prompt: list[int], ids: Iterable[int]) -> It
         known = max(0, known - len(text))
 
 
+def unknown(writer: Writer) -> list[int]:
+    """Rows of the embedding that stand for no token."""
+    return sorted({*range(writer.model.config.vocab_size)} - writer.tokenizer.known_ids)
+
+
 def write(writer: Writer, config: Generate) -> None:
     """Print the samples: a single one while it is written, several when all are."""
-    model, tokenizer, begin, stop = writer
-    prompt = encoded(tokenizer, "--prompt", config.prompt)
-    start = [*begin, *prompt]
+    model, tokenizer, arch = writer.model, writer.tokenizer, writer.model.config.arch
+    special = "ids" if config.special or arch == "encoder" else "text"
+    prompt = encoded(tokenizer, "--prompt", config.prompt, special)
+    start = [*writer.begin, *prompt, *(writer.close if arch != "decoder" else [])]
     if not start:
         raise UserError("--prompt must not be empty: this model has no token that begins a text")
-    stop = stop | stop_tokens(tokenizer, config.stop)
-    never = sorted({*range(model.config.vocab_size)} - tokenizer.known_ids)  # rows of no token
-    prompts = [start] * config.samples
-    steps = generate(model, prompts, config.tokens, config, stop, config.seed, never)
+    if arch == "encoder":
+        return print(filled(writer, start))
+    stop = writer.stop | stop_tokens(tokenizer, config.stop)
+    sources = None
+    shown = config.prompt
+    if arch == "encdec":
+        sources, start, prompt, shown = [start] * config.samples, [*writer.answer], [], ""
+    steps = generate(
+        model, [start] * config.samples, config.tokens, config, stop, config.seed,
+        unknown(writer), sources, writer.whole,
+    )  # fmt: skip
     if config.samples == 1:
         ids = (token for (token,) in steps if token is not None and token not in stop)
-        print(config.prompt, end="", flush=True)
+        print(shown, end="", flush=True)
         for text in continued(tokenizer, prompt, ids):
             print(text, end="", flush=True)
         print()
@@ -422,7 +493,36 @@ def write(writer: Writer, config: Generate) -> None:
     for number, column in enumerate(zip(*steps, strict=True), 1):
         ids = [token for token in column if token is not None and token not in stop]
         text = "".join(continued(tokenizer, prompt, ids))
-        print(f"--- {number} ---\n{config.prompt}{text}\n")
+        print(f"--- {number} ---\n{shown}{text}\n")
+
+
+MASKS = (MASK, "[MASK]")  # ours, and BERT's
+
+
+@torch.no_grad()
+def filled(writer: Writer, ids: list[int], most: int = 5) -> str:
+    """The text with the likeliest token at each mask, and below the likeliest few of each."""
+    tokenizer, model = writer.tokenizer, writer.model
+    masks = {tokenizer.special[text] for text in MASKS if text in tokenizer.special}
+    asked = [t for t, id in enumerate(ids) if id in masks]
+    if not asked:
+        raise UserError(
+            f"an encoder fills in what is masked: give a --prompt with {' or '.join(MASKS)} in it"
+        )
+    if len(ids) > model.config.context:
+        raise UserError(f"the prompt has {len(ids)} tokens, more than the model's context")
+    hidden = model(torch.tensor([ids], device=model.embedding.device))[0, asked]
+    scores = writer.head(hidden).index_fill(-1, hidden.new_tensor(unknown(writer)).long(), -inf)
+    p, best = scores.softmax(-1).sort(-1, descending=True)
+    guesses = [
+        ", ".join(f"{tokenizer.decode([id])!r} {x:.0%}" for id, x in zip(*row, strict=True))
+        for row in zip(best[:, :most].tolist(), p[:, :most].tolist(), strict=True)
+    ]
+    text = list(ids)
+    for t, id in zip(asked, best[:, 0].tolist(), strict=True):
+        text[t] = id
+    inner = text[len(writer.begin) : len(text) - len(writer.close)]
+    return "\n".join([tokenizer.decode(inner), "", *guesses])
 
 
 ROUNDS, PROMPT = 5, 32

@@ -571,19 +571,3 @@ def parameters_of(config: ModelConfig) -> int:
             count_parameters(Transformer(replace(config, layers=n), seed=None)) for n in (1, 2)
         )
     return one + (config.layers - 1) * (two - one)
-
-
-def training_flops(model: Transformer, T: int) -> float:
-    """Floating-point operations per token of a training step: 6 N + 12 L H D T (PaLM, appendix B).
-
-    N counts the weights that multiply (an untied embedding only looks up); T is the row length. Of
-    one stack: a decoder's or an encoder's. Shaw's keys, which multiply too, are not counted.
-    """
-    c = model.config
-    products = (
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.dim() == 2 and not name.endswith(TABLES[1:])
-    )
-    N = sum(products) - (0 if model.head is None else model.embedding.numel())
-    return 6 * N + 12 * c.layers * c.heads * c.head_dim * T

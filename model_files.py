@@ -117,10 +117,10 @@ def write_settings(settings: dict[str, Any], end: int | None) -> tuple[Family, d
     return family, {**family.written, "dtype": "float32", **hf, **ends}
 
 
-def begin_and_ends(folder: Path) -> list[set[int]]:
-    """The ids that begin a text and those that end one, so far as config.json says."""
+def special_ids(folder: Path) -> list[set[int]]:
+    """The ids that begin a text, end one, and begin an answer, so far as config.json says."""
     hf = read_small(folder / "config.json")
-    ids = (hf.get(key) for key in ("bos_token_id", "eos_token_id"))
+    ids = (hf.get(key) for key in ("bos_token_id", "eos_token_id", "decoder_start_token_id"))
     lists = (x if isinstance(x, list) else [x] for x in ids)
     return [{id for id in some if type(id) is int} for some in lists]
 

@@ -325,15 +325,22 @@ class Objective(NamedTuple):
     ) -> Batch:  # fmt: skip
         return self.make(rows, generator, vocabulary, arch)
 
+    def widths(self, T: int, arch: str) -> tuple[int, int]:
+        """Of the rows of source and decoder that T tokens of text become; alike if there is one."""
+        found = widths_for(T, self.denoisers, arch) if self.denoisers else (T,)
+        return found[0], found[-1]
+
     def text_width(self, context: int, arch: str) -> int:
         """The most tokens of text in a row of which no batch makes a row longer than the context.
 
-        T5's random_spans_helper, for whom a row is a single piece.
+        T5's random_spans_helper, for whom a row is a single piece. UserError if not one fits.
         """
-        if not self.denoisers:
-            return context
-        width = partial(widths_for, denoisers=self.denoisers, arch=arch)
-        return bisect_right(range(1, context + 1), context, key=lambda T: max(width(T)))
+        found = bisect_right(
+            range(1, context + 1), context, key=lambda T: max(self.widths(T, arch))
+        )
+        if not found:
+            raise UserError(f"--model.context {context} is too small for this objective")
+        return found
 
 
 BOTH = ("decoder", "encdec")

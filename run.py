@@ -496,16 +496,18 @@ def plain(tensors: Tensors) -> Tensors:
 
 
 def plot_loss(run: Run, lzma: float | None = None) -> Path:
-    """loss.png: bits per byte over the steps, training and held out."""
+    """loss.png: bits per byte over the steps, training and held out; nats where that has none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = run.metrics()
+    in_bits = any("train_bits_per_byte" in r for r in rows)
+    names = ("train_bits_per_byte", "bits_per_byte") if in_bits else ("loss", "held_out_loss")
     train, held = (
         [(r["step"], x) for r in rows if isinstance(x := r.get(name), float) and 0 <= x < math.inf]
-        for name in ("train_bits_per_byte", "bits_per_byte")
+        for name in names
     )
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     if train:
@@ -519,10 +521,11 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
         )
         axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points",
                       xytext=(0, -14), ha="center", color="#c8442d")  # fmt: skip
-    if lzma is not None:
+    if lzma is not None and in_bits:
         axes.axhline(lzma, color="#777777", linestyle="--", linewidth=1, label="held out, by lzma")
     low = min([value for _, value in train + held], default=0)
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0.9 * low, None))
+    axes.set(xlabel="step", ylabel="bits per byte" if in_bits else "nats per token asked",
+             ylim=(0.9 * low, None))  # fmt: skip
     axes.set_title(run.folder.name, parse_math=False)
     axes.set_ylim(top=min(axes.get_ylim()[1], 8))
     axes.grid(alpha=0.25)

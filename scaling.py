@@ -111,8 +111,8 @@ def pairs(c: ModelConfig, T: int, causal: bool) -> int:
     return T + before * (1 if causal else 2)
 
 
-def forward_flops(c: ModelConfig, T: int, seen: bool = False) -> Parts:
-    """A row of T tokens through the model, by part; an encdec reads T and writes T.
+def forward_flops(c: ModelConfig, T: int, seen: bool = False, source: int = 0) -> Parts:
+    """A row of T tokens through the model, by part; an encdec reads `source` (0: T) and writes T.
 
     Weights: 2·T each. Scores, QKᵀ and PV: 4·HD for each pair of tokens; for all T² of them, as the
     papers count and the obvious version multiplies, or only for the pairs that see each other
@@ -121,23 +121,30 @@ def forward_flops(c: ModelConfig, T: int, seen: bool = False) -> Parts:
     C, HD = c.dim, c.heads * c.head_dim
     counted = {"attention": 0, "scores": 0, "positions": 0, "feed-forward": 0,
                "head": 2 * T * c.vocab_size * C}  # fmt: skip
-    for layers, looks, causal in stacks(c):
-        own = pairs(c, T, causal) if seen else T * T
-        counted["attention"] += layers * looks * 2 * T * attention_weights(c)
-        counted["scores"] += layers * 4 * HD * (own + (looks - 1) * T * T)
-        counted["feed-forward"] += layers * ffn_matrices(c) * 2 * T * C * c.ffn_width
+    *before, (_, looks, _) = stacks(c)
+    S, cross = source or T, looks - 1
+    for (layers, _, causal), n in zip(stacks(c), (*(S for _ in before), T), strict=True):
+        own = pairs(c, n, causal) if seen else n * n
+        counted["attention"] += layers * 2 * n * attention_weights(c)
+        counted["scores"] += layers * 4 * HD * own
+        counted["feed-forward"] += layers * ffn_matrices(c) * 2 * n * C * c.ffn_width
         if c.position == "relative":
-            counted["positions"] += layers * 2 * T * HD * (2 * c.reach + 1)
+            counted["positions"] += layers * 2 * n * HD * (2 * c.reach + 1)
+    kv = 2 * C * c.kv_heads_or_heads * c.head_dim
+    counted["attention"] += cross * c.layers * 2 * (T * 2 * C * HD + S * kv)
+    counted["scores"] += cross * c.layers * 4 * HD * T * S
     return counted
 
 
-def exact_flops(c: ModelConfig, T: int, recompute: Recompute = "none", seen: bool = False) -> int:
+def exact_flops(
+    c: ModelConfig, T: int, recompute: Recompute = "none", seen: bool = False, source: int = 0
+) -> int:
     """A row of T tokens forward and backward: 3 · forward, and what the backward pass repeats.
 
     That may be nothing, the scores (selective), or all but the head (full); with full it is, for
     GPT's shape, 96 T L C² (1 + T/6C + V/16LC) (Narayanan et al. 2021, eq. 3).
     """
-    parts = forward_flops(c, T, seen)
+    parts = forward_flops(c, T, seen, source)
     forward = sum(parts.values())
     again = {"none": 0, "selective": parts["scores"], "full": forward - parts["head"]}
     return 3 * forward + again[recompute]

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attention import document_mask
 from kernels.cross_entropy import cross_entropy
+from kernels.mask import Mask
 from model import Transformer
 from objectives import IGNORE, Batch
 from run import UserError
@@ -30,7 +30,13 @@ from run import UserError
 
 def loss_sum(model: Transformer, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
     """Σ −log p(target) over the batch, in nats."""
-    hidden = model(batch.inputs, mask=document_mask(batch.starts), dtype=dtype)
+    memory = crossed = None
+    if batch.source is not None:
+        seen = Mask(batch.source_lo, batch.source_hi)
+        memory = model.encode(batch.source, seen, dtype=dtype)
+        crossed = Mask(batch.cross_lo, batch.cross_hi)
+    mask = Mask(batch.lo, batch.hi)
+    hidden = model(batch.inputs, mask=mask, dtype=dtype, memory=memory, cross_mask=crossed)
     return cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
 
 

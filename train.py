@@ -6,6 +6,7 @@ times; after each guess move its weights a little towards what it should have sa
 Run: python train.py                      Python's own documentation, a million weights, a few
 minutes
      python train.py --data.path book.txt --steps 3000
+     python train.py --model.arch encoder --objective masked     a small BERT; encdec, spans: a T5
      python train.py --resume             go on where the newest run was stopped
      python train.py --help               every setting
 
@@ -31,21 +32,22 @@ from tqdm import tqdm
 
 from data import Corpus, DataConfig, TokenizerConfig, prepare
 from generate import Sampling, generate, load_weights
+from kernels.cross_entropy import IGNORE
 from model import (
     ModelConfig,
     Transformer,
     count_parameters,
     parameters_of,
     preset_in,
-    training_flops,
 )
-from objectives import OBJECTIVES, objective_for
+from objectives import OBJECTIVES, Batch, Rows, objective_for, vocabulary_for
 from optim import OPTIMIZERS, OptimConfig, learning_rate
 from packing import Mixture, whole
 from run import (
     Run,
     UserError,
     check_free,
+    generator,
     load_tensors,
     main,
     plot_loss,
@@ -53,6 +55,7 @@ from run import (
     settings,
     value_of,
 )
+from scaling import exact_flops
 from step import (
     check_memory,
     commit,
@@ -76,7 +79,9 @@ class Train:
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     optim: OptimConfig = OptimConfig()
-    objective: Literal["causal"] = "causal"  # what to predict
+    objective: Literal[tuple(OBJECTIVES)] = (
+        "causal"  # what to predict: the next token, masked ones, hidden spans, …
+    )
     steps: int = 1600  # updates
     batch: int = 8  # rows of model.context tokens that go through the model at once
     accumulate: int = 1  # such batches in one update
@@ -179,8 +184,7 @@ def introduce(run: Run, training: "Training", changed: list[str]) -> float:
     config, corpus, model = training.config, training.corpus, training.model
     meta, m, N = corpus.meta, config.model, count_parameters(model)
     train, held = meta["train"], meta["held"]
-    tokens = config.accumulate * config.batch * m.context
-    flops = training_flops(model, m.context)
+    tokens, flops = training.tokens, training.flops
     device = model.embedding.device
     peak = matmul_peak(device, training.dtype)
     path = "in Triton" if device.type == "cuda" else "in torch, attention in blocks"
@@ -195,10 +199,11 @@ def introduce(run: Run, training: "Training", changed: list[str]) -> float:
         f"tokens   {m.vocab_size:,} known, {train['bytes'] / train['tokens']:.2f} bytes each\n"
         f"model    {m.layers} blocks, {m.dim} wide, {m.heads} heads of {m.head_dim}, feed-forward "
         f"{m.ffn_width}: {N:,} parameters\n"
-        f"step     {config.accumulate} × {config.batch} rows × {m.context} = {tokens:,} tokens; "
-        f"{config.steps:,} steps = {config.steps * tokens / train['tokens']:.1f} epochs\n"
-        f"cost     6 N + 12 L C T = {flops / 1e6:.1f} MFLOP per token, "
-        f"{flops * tokens * config.steps:.2e} FLOP in all\n"
+        f"step     {config.accumulate} × {config.batch} rows × {training.width} = {tokens:,} "
+        f"tokens; {config.steps:,} steps = {config.steps * tokens / train['tokens']:.1f} epochs\n"
+        f"task     {m.arch}, {config.objective}\n"
+        f"cost     {'6 N + 12 L C T' if training.plain else 'forward and backward'} = "
+        f"{flops / tokens / 1e6:.1f} MFLOP per token, {flops * config.steps:.2e} FLOP in all\n"
         f"machine  {machine(device)}; {config.dtype}; "
         f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; kernels {path}\n"
         + (f"resumed  after step {training.step:,}" if training.step else "")
@@ -249,18 +254,44 @@ class Training:
         self.model = Transformer(config.model, config.seed).to(device)
         make = OPTIMIZERS[config.optim.name]
         self.optimizer = make(self.model.named_parameters(), config.optim, self.dtype)
-        end = corpus.tokenizer.end_of_text
-        self.rows = Mixture(
-            corpus.train, config.model.context, end, config.seed, corpus.parts, config.data.packing
+        words, context, arch = corpus.tokenizer, config.model.context, config.model.arch
+        self.objective = objective_for(config.objective, arch)
+        self.vocabulary = vocabulary_for(
+            self.objective, words.special, words.known_ids, words.end_of_text
         )
-        self.objective = OBJECTIVES[config.objective]
+        self.width = self.objective.text_width(context, arch)
+        self.plain = self.width == context and arch != "encdec"  # text goes in as it stands
+        self.rows = Mixture(
+            corpus.train, self.width, words.end_of_text, config.seed, corpus.parts,
+            config.data.packing,
+        )  # fmt: skip
         self.step = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of text, in one update."""
+        return self.config.accumulate * self.config.batch * self.width
+
+    @property
+    def flops(self) -> int:
+        """Of one update, forward and backward."""
+        c = self.config
+        S, T = self.objective.widths(self.width, c.model.arch)
+        return c.accumulate * c.batch * exact_flops(c.model, T, source=S)
+
+    def batch(self, rows: Rows, name: str, number: int) -> Batch:
+        """What is asked of these rows, drawn from the stream of randomness of a name and number."""
+        draws = generator(self.config.seed, name, number)
+        batch = self.objective(rows, draws, self.vocabulary, self.config.model.arch)
+        return to(batch, self.model.embedding.device)
 
     def advance(self) -> tuple[float, float]:
         """One update; (mean loss in nats per token, gradient norm)."""
         c = self.config
-        device = self.model.embedding.device
-        batches = [to(self.objective(self.rows.take(c.batch)), device) for _ in range(c.accumulate)]
+        batches = [
+            self.batch(self.rows.take(c.batch), "objective", self.step * c.accumulate + i)
+            for i in range(c.accumulate)
+        ]
         lr = learning_rate(c.optim, self.step, c.steps)
         loss, _, norm = update(self.model, batches, self.optimizer, lr, c.optim.clip, self.dtype)
         self.step += 1
@@ -275,13 +306,25 @@ class Training:
                 f"--optim.lr from {self.config.optim.lr} and start again"
             )
 
-    def bits_per_byte(self) -> float:
-        """−log₂ p of the held-out documents, ends included, over their bytes."""
-        c, tokenizer, device = self.config, self.corpus.tokenizer, self.model.embedding.device
-        rows = whole(self.corpus.held, c.model.context, 4 * c.batch, tokenizer.end_of_text)
-        nats, _ = evaluate(self.model, (to(self.objective(r), device) for r in rows), self.dtype)
+    def held(self, rows: int) -> Iterator[Rows]:
+        """The held-out documents, always cut alike."""
+        return whole(self.corpus.held, self.width, rows, self.corpus.tokenizer.end_of_text)
+
+    def held_out(self) -> dict[str, float]:
+        """The loss of the held-out documents in nats per token asked, always of the same tokens.
+
+        Where each token is asked once, also −log₂ p of the documents over their bytes: their ends
+        are asked, too.
+        """
+        rows = self.held(4 * self.config.batch)
+        batches = (self.batch(r, "held out", n) for n, r in enumerate(rows))
+        nats, tokens = evaluate(self.model, batches, self.dtype)
         self.check("loss on the held-out documents", nats)
-        return nats / math.log(2) / self.corpus.meta["held"]["bytes"]
+        found = {"held_out_loss": nats / max(1, tokens)}
+        if self.config.objective == "causal":
+            size = self.corpus.meta["held"]["bytes"]
+            found["bits_per_byte"] = nats / math.log(2) / size
+        return found
 
     def texts(self) -> dict[str, str]:
         """What the tokens are known by, those trained on and those held out."""
@@ -297,7 +340,7 @@ class Training:
         """Take up the newest whole checkpoint; a run stopped before its first one starts anew."""
         if run.checkpoints():
             self.take_up(run.newest(), run)
-        elif len(run.metrics()) >= stored(run).save_every:
+        elif len(run.metrics()) > stored(run).save_every:  # the last may have come before its save
             raise UserError(
                 f"the checkpoints of {run.folder} are gone, though it has some steps behind it: "
                 "put them back, or start a new run"
@@ -336,41 +379,60 @@ class Training:
         self.rows.seek(place)
 
     def sample(self, count: int = 3, tokens: int = 100) -> Iterator[str]:
-        tokenizer = self.corpus.tokenizer
-        end = tokenizer.end_of_text
-        tokens = min(tokens, self.config.model.context)
-        steps = list(
-            generate(self.model, [[end]] * count, tokens, Sampling(), {end}, self.config.seed)
-        )
-        for column in zip(*steps, strict=True):
-            yield tokenizer.decode([t for t in column if t is not None and t != end])
+        """Texts; or, of what is held out, what is asked and what the model says to it."""
+        tokenizer, seed = self.corpus.tokenizer, self.config.seed
+        end, tokens = tokenizer.end_of_text, min(tokens, self.config.model.context)
+        if self.config.objective == "causal":
+            steps = list(generate(self.model, [[end]] * count, tokens, Sampling(), {end}, seed))
+            for column in zip(*steps, strict=True):
+                yield tokenizer.decode([t for t in column if t is not None and t != end])
+            return
+        batch = self.batch(next(self.held(count)), "held out", 0)
+        for number in range(min(count, len(batch.inputs))):
+            row = Batch(*(x[number : number + 1] for x in batch))
+            asked, said = self.answer(row, tokens)
+            yield f"{tokenizer.decode(asked)}\n→ {tokenizer.decode(said)}"
+
+    @torch.no_grad()
+    def answer(self, row: Batch, tokens: int) -> tuple[list[int], list[int]]:
+        """What the first piece of a row (1 T) asks, and the model's likeliest answer."""
+        arch, end = self.config.model.arch, self.corpus.tokenizer.end_of_text
+        last = int((row.hi if row.source is None else row.source_hi)[0, 0])
+        asked = (row.inputs if row.source is None else row.source)[0, : last + 1]
+        if arch == "encoder":
+            asked, targets = asked[:tokens], row.targets[0, : last + 1][:tokens]
+            hidden = self.model(asked[None], dtype=self.dtype)[0]
+            said = self.model.logits(hidden[targets != IGNORE]).argmax(-1)
+            return asked.tolist(), said.tolist()
+        asked = asked.tolist()
+        prompt, sources = ([end], [asked]) if arch == "encdec" else (asked, None)
+        how = Sampling(greedy=True)
+        steps = generate(self.model, [prompt], tokens, how, {end}, 0, (), sources, True)
+        return asked, [token for (token,) in steps if token not in (None, end)]
 
 
 def loop(training: Training, run: Run, peak: float) -> bool:
     """Train to the last step; False if someone asked to stop before it."""
     c, meta = training.config, training.corpus.meta
     per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)
-    tokens = c.accumulate * c.batch * c.model.context
-    flops = tokens * training_flops(training.model, c.model.context)
+    tokens, flops = training.tokens, training.flops
     bar = tqdm(total=c.steps, initial=training.step, unit="step", disable=None, smoothing=0.05)
     with Interrupt() as interrupt, bar:
         while training.step < c.steps and not interrupt.asked:
             start = time.perf_counter()
             loss, norm = training.advance()
             seconds = time.perf_counter() - start
-            row = {
-                "step": training.step,
-                "loss": loss,
-                "train_bits_per_byte": loss * per_byte,
-                "norm": norm,
-            }
+            row = {"step": training.step, "loss": loss, "norm": norm}
+            if c.objective == "causal":
+                row["train_bits_per_byte"] = loss * per_byte
             last = training.step == c.steps
             if last or training.step % c.evaluate_every == 0:
-                row["bits_per_byte"] = training.bits_per_byte()
+                found = training.held_out()
+                row |= found
                 try:
                     run.log(
                         f"step {training.step:6,}   loss {loss:.3f} nats per token   "
-                        f"held out {row['bits_per_byte']:.3f} bits per byte"
+                        f"held out {in_words(found)}"
                     )
                 except BrokenPipeError:  # whoever read this has gone, as after Ctrl-C
                     interrupt.asked = True
@@ -388,18 +450,35 @@ def loop(training: Training, run: Run, peak: float) -> bool:
     return True
 
 
+def in_words(held_out: dict[str, float]) -> str:
+    bits = held_out.get("bits_per_byte")
+    if bits is None:
+        return f"{held_out['held_out_loss']:.3f} nats per token asked"
+    return f"{bits:.3f} bits per byte"
+
+
+EXAMPLES = {  # what generate.py can be asked after a run
+    "causal": "--prompt 'Return the'",
+    "masked": "--prompt 'Return the <|mask|> of the list.'",
+    "prefix": "--prompt 'Return the'",
+    "spans": "--special --prompt 'Return the <extra_id_0> of the list.'",
+    "ul2": "--special --prompt '[S]Return the <extra_id_0>'",
+}
+
+
 def finish(training: Training, run: Run, seconds: float) -> None:
     """The numbers, a few words and, last because it may fail, the picture."""
-    bits, lzma = training.bits_per_byte(), training.corpus.meta["lzma_bits_per_byte"]
-    run.log(
-        f"\nheld out: {bits:.3f} bits = {bits * math.log(2):.3f} nats per byte "
-        f"(lzma: {lzma:.3f} bits), after {seconds:.0f} seconds of training"
-    )
+    found, lzma = training.held_out(), training.corpus.meta["lzma_bits_per_byte"]
+    said = in_words(found)
+    if bits := found.get("bits_per_byte"):
+        said = f"{bits:.3f} bits = {bits * math.log(2):.3f} nats per byte (lzma: {lzma:.3f} bits)"
+    run.log(f"\nheld out: {said}, after {seconds:.0f} seconds of training")
     for number, text in enumerate(training.sample(), 1):
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
     run.log(
         f"\npicture: {plot_loss(run, lzma)}\n"
-        f"more:    {shlex.join(['python', 'generate.py', '--run', run.name])} --prompt 'Return the'"
+        f"more:    {shlex.join(['python', 'generate.py', '--run', run.name])} "
+        f"{EXAMPLES[training.config.objective]}"
     )
 
 
@@ -408,7 +487,8 @@ def script() -> None:
     pick_device(config.device)  # before long work
     if run is None and config.name:
         check_free(config.name)
-    corpus = prepare(config.data, config.tokenizer)
+    special = objective_for(config.objective, config.model.arch).special
+    corpus = prepare(config.data, config.tokenizer, special=special)
     config = complete(config, corpus.tokenizer.vocab_size)
     training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
     if run is None:

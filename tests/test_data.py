@@ -821,8 +821,8 @@ def test_processes_that_make_the_same_tokens_do_not_disturb_each_other(tmp_path,
     """The second begins and ends while the first is at work. Once they shared one draft folder."""
     real, inner = data.tokenize, []
 
-    def slow(config, cutting, tokenizer, out):
-        real(config, cutting, tokenizer, out)
+    def slow(config, tokenizer_for, out):
+        real(config, tokenizer_for, out)
         with patch.object(data, "tokenize", real):
             inner.append(prepare_in(tmp_path))
         assert (out / "meta.json").is_file(), "the other took the draft away"

@@ -17,6 +17,7 @@ from helpers import array, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attention import prefix_mask
 from bpe import BPE
 from generate import (
     Generate,
@@ -34,9 +35,11 @@ from generate import (
     write,
 )
 from model import ModelConfig, Transformer
-from run import Run, UserError
+from run import Run, UserError, load_tensors
 from tokenizer import KINDS
+from unigram import Unigram
 from vocabulary import END_OF_TEXT
+from wordpiece import WordPiece
 
 SMALL = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, context=12, vocab_size=11)
 
@@ -129,6 +132,38 @@ def test_a_prompt_does_not_notice_what_stands_beside_it(seed, prompts):
     together = columns(generate(model, prompts, 4, how, {3}, seed))
     alone = [columns(generate(model, [p], 4, how, {3}, seed))[0] for p in prompts]
     assert together == alone
+
+
+@given(seeds, st.lists(st.integers(0, 10), min_size=1, max_size=6), st.booleans())
+def test_a_prompt_seen_whole_is_read_as_a_prefix(seed, prompt, whole):
+    model, text = random_model(seed), list(prompt)
+    for _ in range(5):
+        seen = prefix_mask(torch.tensor([len(prompt) if whole else 1]), len(text))
+        hidden = model(torch.tensor([text]), mask=seen)
+        text.append(int(model.logits(hidden)[0, -1].argmax()))
+    how = Sampling(greedy=True)
+    steps = generate(model, [prompt], 5, how, set(), 0, whole=whole)
+    assert columns(steps) == [text[len(prompt) :]]
+
+
+texts = st.lists(st.integers(0, 10), min_size=1, max_size=6)
+
+
+@given(seeds, st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+def test_an_answer_is_that_of_the_model_without_a_cache(seed, pairs):
+    """The encoder's texts differ in length and do not notice each other."""
+    model, how = random_model(seed, arch="encdec"), Sampling(greedy=True)
+    prompts, sources = ([*side] for side in zip(*pairs, strict=True))
+    want = []
+    for prompt, source in pairs:
+        memory, text = model.encode(torch.tensor([source])), list(prompt)
+        for _ in range(4):
+            hidden = model(torch.tensor([text]), memory=memory)
+            text.append(int(model.logits(hidden)[0, -1].argmax()))
+        want.append(text[len(prompt) :])
+    assert columns(generate(model, prompts, 4, how, set(), 0, sources=sources)) == want
+    with pytest.raises(UserError, match="13 tokens, more than the model's context"):
+        next(generate(model, [[1]], 4, how, set(), 0, sources=[[1] * 13]))
 
 
 @given(seeds)
@@ -238,7 +273,7 @@ def edit(run, **changes):
 
 
 def test_a_run_is_loaded_with_its_tokenizer(run):
-    model, tokenizer, begin, stop = load(run, CPU)
+    model, tokenizer, begin, stop, *_ = load(run, CPU)
     want = random_model(vocab_size=257).float().state_dict()
     assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items())
     assert tokenizer.fingerprint == BPE.bytes().fingerprint
@@ -268,6 +303,16 @@ def test_settings_that_do_not_fit_the_weights_are_refused(run, changes, named):
     with pytest.raises(UserError, match=named) as caught:
         load(run, CPU)
     assert str(run.folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [True, None, {"model": 3}, {"model": {"dim": 32}}, {}])
+def test_settings_of_a_checkpoint_that_are_none_or_others_are_refused(run, kept):
+    state = run.newest() / "train_state.json"
+    text = json.loads(state.read_text())["text"]
+    weights = load_tensors(run.newest() / "model.safetensors")
+    run.save(2, weights, {}, {"text": text, "settings": kept})
+    with pytest.raises(UserError, match=r"train_state.json|is not the one"):
+        load(run, CPU)
 
 
 def test_a_run_with_another_tokenizer_is_refused(run):
@@ -359,6 +404,58 @@ def test_the_script_writes_with_a_folder_s_model(tmp_path):
     folder = folder_of(tmp_path, BPE.bytes(), 256)
     done = start("--model", folder, "--prompt", "Return the", "--samples", "1", "--tokens", "5")
     assert done.returncode == 0 and done.stdout.startswith("Return the"), done.stderr
+
+
+def test_a_t5_answers_what_its_encoder_read(tmp_path, capsys):
+    """As transformers writes it: the text and </s> in, from the pad token on out of the decoder."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Unigram.train(["the model reads the text and writes"] * 9, 300, ["<pad>", "</s>"])
+    shape = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 4, "num_layers": 2}
+    pad, end = (tokenizer.special[text] for text in ("<pad>", "</s>"))
+    config = transformers.T5Config(
+        **shape, vocab_size=310, decoder_start_token_id=pad, eos_token_id=end, pad_token_id=pad
+    )
+    torch.manual_seed(0)
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path / tokenizer.file_name)
+    writer = load_folder(tmp_path, CPU)
+    unused = [[id] for id in range(310) if id not in tokenizer.known_ids]
+    source = torch.tensor([[*tokenizer.encode("the text"), end]])
+    ids = theirs.generate(source, max_new_tokens=8, do_sample=False, bad_words_ids=unused)
+    want = tokenizer.decode(id for id in ids[0, 1:].tolist() if id != end)
+    write(writer, Generate(prompt="the text", samples=1, tokens=8, greedy=True))
+    assert capsys.readouterr().out == f"{want}\n"
+
+
+def test_a_bert_fills_in_what_is_masked(tmp_path, capsys):
+    """As transformers' masked head scores it, between [CLS] and [SEP]."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = WordPiece.train(["the model reads the text and writes"] * 9, 60)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=24, max_position_embeddings=20, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.BertForMaskedLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path / tokenizer.file_name)
+    ids = [tokenizer.special["[CLS]"], *tokenizer.encode("the [MASK] reads", special="ids")]
+    ids.append(tokenizer.special["[SEP]"])
+    at = ids.index(tokenizer.special["[MASK]"])
+    with torch.no_grad():
+        p = theirs(torch.tensor([ids])).logits[0, at]
+    p[[id for id in range(64) if id not in tokenizer.known_ids]] = -torch.inf
+    best = int(p.argmax())
+    writer = load_folder(tmp_path, CPU)
+    write(writer, Generate(prompt="the [MASK] reads"))
+    text, _, guesses = capsys.readouterr().out.splitlines()
+    assert text == tokenizer.decode([*ids[1:at], best, *ids[at + 1 : -1]])
+    assert guesses.startswith(f"{tokenizer.decode([best])!r} {p.softmax(-1)[best]:.0%}, ")
+    with pytest.raises(UserError, match="give a --prompt with"):
+        write(writer, Generate(prompt="the model reads"))
+    with pytest.raises(UserError, match="more than the model's context"):
+        write(writer, Generate(prompt="the [MASK] " * 20))
 
 
 TEXT = "The model reads the text and writes the next word of the text. " * 3

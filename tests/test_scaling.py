@@ -158,21 +158,22 @@ SIMPLE = {"attention": ("full", "sliding"), "qk_norm": (False,)}
 
 
 @at_least(30)
-@given(configs(**SIMPLE), st.integers(1, 9), st.integers(1, 3), seeds)
-def test_the_exact_sum_is_what_torch_counts(config, T, B, seed):
-    T = min(T, config.context)
+@given(configs(**SIMPLE), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), seeds)
+def test_the_exact_sum_is_what_torch_counts(config, S, T, B, seed):
+    S, T = min(S, config.context), min(T, config.context)
     model = Transformer(config, seed)
-    ids = torch.zeros((B, T), dtype=torch.long)
+    source, ids = (torch.zeros((B, n), dtype=torch.long) for n in (S, T))
 
     def forward():
-        memory = model.encode(ids) if config.arch == "encdec" else None
+        memory = model.encode(source) if config.arch == "encdec" else None
         return model.logits(model(ids, memory=memory))
 
     logits, there = counted(forward)
     loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
     _, back = counted(loss.backward)
-    assert there == B * sum(forward_flops(config, T).values())
-    assert there + back == B * exact_flops(config, T)
+    assert there == B * sum(forward_flops(config, T, source=S).values())
+    assert there + back == B * exact_flops(config, T, source=S)
+    assert forward_flops(config, T) == forward_flops(config, T, source=T)
 
 
 @at_least(20)
