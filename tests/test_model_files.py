@@ -241,6 +241,7 @@ BAD_OF = [
     ("gpt2", edit(scale_attn_by_inverse_layer_idx=True), "only false"),
     ("gpt2", edit(scale_attn_weights=False), "only true"),
     ("gpt2", edit(add_cross_attention=True), "add_cross_attention"),
+    ("gpt2", edit(num_attention_heads=2), "n_head 4 is not supported, only 2"),
     ("gpt2", edit(activation_function="relu"), "activation_function 'relu'"),
     ("gpt2", edit(n_inner=65), "ffn.down.weight is .16, 64., not .16, 65."),
     ("gpt2", edit(n_positions=2**28 - 1), "position.table is .8, 16., not .268435455, 16."),
@@ -267,6 +268,8 @@ BAD_OF = [
     ("t5", edit(relative_attention_num_buckets=16), "encoder.position.table is .32, 4., not"),
     ("t5", edit(relative_attention_max_distance=5), "reach no smaller"),
     ("t5", edit(scale_decoder_outputs=0.5), "scale_decoder_outputs cannot be 0.5"),
+    ("t5", edit(scale_decoder_outputs=None), "scale_decoder_outputs cannot be None"),
+    ("t5", edit(head_dim=8), "d_kv 4 is not supported, only 8"),
     ("t5", put(T5_COPY, 11, 16), f"{T5_COPY} is not the embedding"),
     ("t5", put("lm_head.weight", 12, 16), "lm_head.weight is not the embedding"),
     ("t5", put("lm_head.weight", 11), "lm_head.weight is not the embedding"),
@@ -276,7 +279,9 @@ BAD_OF = [
     ("t5", put(CROSS.replace("decoder", "encoder"), 16, 16), "is no tensor of such a model"),
     ("t5 v1.1", tensors(lambda t: t.pop("lm_head.weight")), "head is None, not .11, 16."),
     ("t5 v1.1", edit(feed_forward_proj=..., is_gated_act=...), "wi_0.weight' is no tensor"),
+    ("t5 v1.1", edit(feed_forward_proj=..., is_gated_act=True), "'relu' .* only \"gated-gelu\""),
     ("bloom", edit(apply_residual_connection_post_layernorm=True), "only false"),
+    ("bloom", edit(slow_but_exact=True, pretraining_tp=2), "slow_but_exact True .* only false"),
     ("bloom", edit(n_embed=24), "hidden_size 16 is not supported, only 24"),
     ("bloom", edit(n_head=3), "not divisible by --model.heads 3"),
     ("bloom", put("transformer." + BLOOM_QKV, 40, 16), "has 40 rows, which are not 3 × 4 alike"),
@@ -291,6 +296,32 @@ def test_what_a_family_cannot_be_gets_one_sentence(kind, change, named, tmp_path
     with pytest.raises(UserError, match=named) as caught:
         Transformer.load(folder)
     assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+ANY = {"layer_types": ["full_attention"] * 2, "per_layer_config": {"0": {"rms_norm_eps": 1e-3}}} | {
+    "quantization_config": {"bits": 4}, "auto_map": {"AutoModel": "other.OtherModel"},
+}  # fmt: skip
+WRITERS = {"is_causal": False, "attention_chunk_size": 4, "sliding_window": 4}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("key", [*ANY, *WRITERS])
+def test_what_any_config_may_say_gets_one_sentence(kind, key, tmp_path):
+    """transformers looks at these keys whatever the family: a decoder that is not causal sees the
+    future there, and a cache with a window forgets."""
+    if (kind == "bert" and key in WRITERS) or (kind, key) == ("mistral", "sliding_window"):
+        return
+    folder = tmp_path / "model"
+    MODELS[kind].save(folder)
+    edit(**{key: (ANY | WRITERS)[key]})(folder)
+    with pytest.raises(UserError, match=f"^{folder}.config.json: {key} .* is not supported, only"):
+        Transformer.load(folder)
+    edit(**{key: None})(folder)
+    if key == "is_causal":  # to transformers null is no
+        with pytest.raises(UserError, match="is_causal None is not supported, only true"):
+            Transformer.load(folder)
+    else:
+        assert_same(Transformer.load(folder), MODELS[kind])
 
 
 def test_what_is_no_folder_or_no_file_gets_one_sentence(tmp_path):
