@@ -326,6 +326,16 @@ SPELT = {
     "its RoPE, scaled": (
         "llama", {"rope_scaling": "linear"}, old_rope(type="linear", factor=8.0)
     ),
+    "its RoPE, scaled in the old words, beside the new ones": (
+        "llama", {"rope_scaling": "linear"}, edit(rope_scaling={"type": "linear", "factor": 8.0})
+    ),
+    "its RoPE, scaled in the newer of two words": (
+        "llama", {"rope_scaling": "linear"},
+        old_rope(type="default", rope_type="linear", factor=8.0),
+    ),
+    "a file that is whole, and an index beside it": (
+        "llama", {}, lambda folder: (folder / "model.safetensors.index.json").write_text("{}")
+    ),
     "llama 3.1": ("llama", {"rope_scaling": "llama3"}, old_rope(type="llama3", **LLAMA3)),
     "mistral without a window": ("mistral", {"attention": "full"}, edit(sliding_window=None)),
     "bert as first released": ("bert", {}, both(
@@ -371,4 +381,6 @@ def test_a_folder_in_other_words_is_the_same(case, tmp_path):
     change(tmp_path / "model")
     model = Transformer(replace(SHAPES[kind], **more))
     model.load_state_dict(MODELS[kind].state_dict())
-    assert_same(Transformer.load(tmp_path / "model"), model)
+    loaded = Transformer.load(tmp_path / "model")
+    assert (loaded.head is None) == (model.head is None)
+    assert_same(loaded, model)

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,10 @@ from helpers import seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, MODELS, SHAPES, assert_same, edit, put, shaken, tensors
+from safetensors.torch import load_file
 
 from model import Transformer
+from model_files import begin_and_ends
 from run import UserError
 
 FILES = ("config.json", "model.safetensors")
@@ -41,6 +44,9 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, kind, data, seed,
     assert_same(loaded, model)
     hf = json.loads((folder / "config.json").read_text())
     assert hf["bos_token_id"] == hf["eos_token_id"] == 1
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if len(files) > 1:
+        assert {*json.loads((folder / INDEX).read_text())["weight_map"].values()} == files
     again = folder.with_name("again")
     loaded.save(again, end=1)
     assert json.loads((again / "config.json").read_text()) == hf
@@ -52,6 +58,29 @@ def test_loading_draws_nothing_and_holds_no_view_of_the_file(tmp_path, monkeypat
     loaded = Transformer.load(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
     assert_same(loaded, LLAMA)
+
+
+def test_weights_of_16_bits_are_written_as_what_config_json_says(tmp_path):
+    low = deepcopy(LLAMA).bfloat16()
+    low.save(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert {x.dtype for x in written.values()} == {torch.float32}
+    assert_same(Transformer.load(tmp_path / "model"), low.float())
+
+
+def test_a_mistral_s_heads_need_not_divide_its_width(tmp_path):
+    config = replace(SHAPES["mistral"], heads=6, kv_heads=2, head_width=4)
+    model = shaken(Transformer(config), 0)
+    model.save(tmp_path / "model")
+    assert_same(Transformer.load(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize("said, ends", [(2, {2}), ([1, 2], {1, 2}), (None, set()), ([True], set())])
+def test_what_ends_a_text_is_a_token_or_several(said, ends, tmp_path):
+    LLAMA.save(tmp_path / "model")
+    edit(bos_token_id=3, eos_token_id=said)(tmp_path / "model")
+    assert begin_and_ends(tmp_path / "model") == [{3}, ends]
 
 
 # --- what cannot be written -----------------------------------------------------------------------
@@ -170,6 +199,9 @@ BAD = {
     "a head of another width": (edit(head_dim=8), "key.weight is .8, 16., not .16, 16."),
     "another activation": (edit(hidden_act="gelu"), "hidden_act 'gelu' is not supported, only"),
     "half its biases": (edit(mlp_bias=True), "mlp_bias True is not supported, only false"),
+    "half its biases, the other unsaid": (
+        edit(mlp_bias=..., attention_bias=True), "mlp_bias False is not supported, only true"
+    ),
     "biases that are not there": (edit(mlp_bias=True, attention_bias=True), "does not fit"),
     "NaN": (edit(rms_norm_eps=float("nan")), "norm-eps nan"),
     "a head that is not there": (edit(tie_word_embeddings=False), "head is None, not .11, 16."),
@@ -199,6 +231,7 @@ BAD = {
     "no shape": (tensors(lambda t: t.update({K: torch.tensor(1.0)})), "is no weight"),
     "nothing in it": (tensors(lambda t: t.update({K: torch.ones(0, 16)})), "is no weight"),
     "whole numbers": (tensors(lambda t: t.update({K: t[K].int()})), "'I32' is not supported"),
+    "64 bits": (tensors(lambda t: t.update({K: t[K].double()})), "'F64' is not supported"),
     "infinity": (tensors(lambda t: t[K].view(-1)[:1].fill_(torch.inf)), f"{K} .* is not finite"),
     "two heads": (
         tensors(lambda t: t.update({"lm_head.weight": torch.ones(11, 16)})), "is not the embedding"
@@ -207,6 +240,9 @@ BAD = {
     "no table": (index(lambda home, f: [1]), "weight_map is no table"),
     "a shard that is missing": (index(moved), "there is no file .*/model-0"),
     "a shard outside": (index(lambda home, f: home | {K: "../x.safetensors"}), "cannot stand in"),
+    "a shard below another": (
+        index(lambda home, f: home | {K: "x.safetensors/../../x.safetensors"}), "cannot stand in"
+    ),
     "a shard anywhere": (index(lambda home, f: home | {K: "/x.safetensors"}), "cannot stand in"),
     "a shard that is a number": (index(lambda home, f: home | {K: 3}), "cannot stand in 3"),
     "a tensor in no shard": (

@@ -381,6 +381,13 @@ def test_activations_are_korthikanti_s(L, H, D, V, s, b):
         assert activation_bytes(config, s, b, how) == pytest.approx(want, rel=1e-12)
 
 
+def test_wider_heads_keep_more_queries_keys_values_and_outputs():
+    """Two bytes of each, where the heads together are not as wide as the stream."""
+    one, two = (replace(gpt(3, 12, 4, 50), head_width=D) for D in (5, 7))
+    more = activation_bytes(two, 10) - activation_bytes(one, 10)
+    assert more == 10 * 3 * 2 * 4 * 4 * (7 - 5)
+
+
 @pytest.mark.parametrize("row, spared", [(KORTHIKANTI[1], "70"), (KORTHIKANTI[2], "65")])
 def test_selective_recomputation_spares_what_the_paper_says(row, spared):
     layers, dim, heads, *_ = row
@@ -436,8 +443,11 @@ def test_the_cache_is_as_large_as_counted(config, S):
 def test_a_window_keeps_its_own_tokens_only(arch, stacks):
     """Of 12 tokens the last 5; of a source, at which a decoder looks without a window, all."""
     full = ModelConfig(arch=arch, vocab_size=1, window=5)
+    sliding = replace(full, attention="sliding")
     own, all_ = (cache_bytes(full, S) / stacks for S in (5, 12))
-    assert cache_bytes(replace(full, attention="sliding"), 12) == own + (stacks - 1) * all_
+    assert cache_bytes(sliding, 12) == own + (stacks - 1) * all_
+    spared = full.layers * 4 * full.dim * (12 - 5)
+    assert decode_flops(sliding, 12) == decode_flops(full, 12) - spared
 
 
 # --- the command line -----------------------------------------------------------------------------
