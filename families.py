@@ -146,7 +146,8 @@ def write_window(settings: dict[str, Any]) -> dict[str, Any]:
 def read_scale(hf: dict, out: dict[str, Any], where: Path) -> dict[str, Any]:
     """T5 divides what its head sees where config.json says so, or else where it shares the head."""
     silent = hf.get("tie_word_embeddings") is not False
-    return {"scaled_head": taken(hf, "scale_decoder_outputs", bool, where, silent)}
+    value = hf.get("scale_decoder_outputs", silent)
+    return {"scaled_head": setting(bool, value, where, "scale_decoder_outputs")}
 
 
 def write_scale(settings: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +160,13 @@ ALWAYS = {
     "arch": "decoder", "order": "pre", "attention": "full", "qk_norm": False, "kv_heads": 0,
     "head_width": 0, "segments": 0, "embed_norm": False, "scaled_head": False, "score_scale": 0.0,
 }  # fmt: skip
+# What any config.json may say, also where the family's class has no such key: that layers differ,
+# that weights are no plain numbers, that other code than the family's belongs to them.
+ONLY = {
+    "layer_types": None, "per_layer_config": None, "quantization_config": None, "auto_map": None,
+}  # fmt: skip
+# Of what writes: transformers asks the first for its mask, the others for what its cache forgets.
+CAUSAL = {**ONLY, "is_causal": True, "attention_chunk_size": None, "sliding_window": None}
 GPT2 = Family(
     always={**ALWAYS, "position": "learned", "norm": "layernorm", "bias": True},
     settings={
@@ -169,8 +177,8 @@ GPT2 = Family(
     },
     choices={"activation": {"gelu_new": "gelu_tanh", "gelu": "gelu"}},
     only={
-        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False, "quantization_config": None,
+        **CAUSAL, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
     },
     written={"model_type": "gpt2", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     architectures={(): "GPT2LMHeadModel"},
@@ -188,6 +196,10 @@ GPT2 = Family(
         }),
     ),
     heads={},
+    also=(
+        ("hidden_size", "n_embd"), ("max_position_embeddings", "n_positions"),
+        ("num_attention_heads", "n_head"), ("num_hidden_layers", "n_layer"),
+    ),
     transposed=True,
 )  # fmt: skip
 LLAMA = Family(
@@ -203,8 +215,7 @@ LLAMA = Family(
     },
     choices={"activation": {"silu": "swiglu"}, "rope_scaling": ROPES},
     only={
-        "partial_rotary_factor": 1.0, "original_max_position_embeddings": None,
-        "sliding_window": None, "quantization_config": None,
+        **CAUSAL, "partial_rotary_factor": 1.0, "original_max_position_embeddings": None,
     },
     written={"model_type": "llama"},
     architectures={(): "LlamaForCausalLM"},
@@ -233,10 +244,7 @@ MISTRAL = LLAMA._replace(
     settings={ours: at for ours, at in LLAMA.settings.items() if ours != "bias"} | {
         "kv_heads": ("num_key_value_heads", 8), "context": ("max_position_embeddings", 131072),
     },
-    only={
-        "partial_rotary_factor": 1.0, "original_max_position_embeddings": None,
-        "layer_types": None, "quantization_config": None,
-    },
+    only={theirs: known for theirs, known in LLAMA.only.items() if theirs != "sliding_window"},
     written={"model_type": "mistral"},
     architectures={(): "MistralForCausalLM"},
     parts=(LLAMA.parts[0], Part(("attention", "window"), read_window, write_window)),
@@ -256,8 +264,8 @@ BERT = Family(
     },
     choices={"activation": {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}},
     only={
-        "position_embedding_type": "absolute", "tie_word_embeddings": True, "is_decoder": False,
-        "add_cross_attention": False, "quantization_config": None,
+        **ONLY, "position_embedding_type": "absolute", "tie_word_embeddings": True,
+        "is_decoder": False, "add_cross_attention": False,
     },
     written={
         "model_type": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -341,8 +349,8 @@ T5 = Family(
     },
     choices={},
     only={
-        "feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False,
-        "is_encoder_decoder": True, "quantization_config": None,
+        **CAUSAL, "feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False,
+        "is_encoder_decoder": True,
     },
     written={
         "model_type": "t5", "feed_forward_proj": "relu", "is_encoder_decoder": True,
@@ -355,6 +363,10 @@ T5 = Family(
     parts=(
         Part(("scaled_head",), read_scale, write_scale), same("num_decoder_layers", "layers"),
     ),
+    also=(
+        ("hidden_size", "d_model"), ("num_attention_heads", "num_heads"),
+        ("num_hidden_layers", "num_layers"), ("head_dim", "d_kv"),
+    ),
     free_width=True,
     own_head=True,
 )  # fmt: skip
@@ -362,12 +374,12 @@ T5_GATED = {theirs: ours for theirs, ours in T5_DECODER.items() if ours != "ffn.
     "layer.2.DenseReluDense.wi_0": "ffn.gate", "layer.2.DenseReluDense.wi_1": "ffn.up",
 }  # fmt: skip
 T5_1_1 = T5._replace(
-    always={**T5.always, "activation": "geglu_tanh"},
+    settings={**T5.settings, "activation": ("feed_forward_proj", "relu")},
+    choices={"activation": {"gated-gelu": "geglu_tanh"}},
     only={
         **T5.only, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new",
         "is_gated_act": True,
     },
-    written={**T5.written, "feed_forward_proj": "gated-gelu"},
     names=t5_names(T5_GATED),
 )  # fmt: skip
 BLOOM = Family(
@@ -381,7 +393,10 @@ BLOOM = Family(
         "tied": ("tie_word_embeddings", True), "norm_eps": ("layer_norm_epsilon", 1e-5),
     },
     choices={},
-    only={"apply_residual_connection_post_layernorm": False, "quantization_config": None},
+    only={
+        **CAUSAL, "apply_residual_connection_post_layernorm": False,
+        "slow_but_exact": False,  # or its sums lack their biases
+    },
     written={"model_type": "bloom", "hidden_dropout": 0.0, "attention_dropout": 0.0},
     architectures={(): "BloomForCausalLM"},
     prefix="transformer.",

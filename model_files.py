@@ -52,7 +52,13 @@ def read_small(path: Path) -> dict:
 
 
 def clashes(family: Family, hf: dict) -> list[str]:
-    return [key for key, value in family.only.items() if hf.get(key) not in (value, None)]
+    """Keys of what the family cannot be. A null says as much as silence, or no."""
+
+    def fits(key: str, known: Any) -> bool:
+        value = hf.get(key, known)
+        return value == known or (value is None and known is not True)
+
+    return [key for key, known in family.only.items() if not fits(key, known)]
 
 
 def read_settings(hf: dict, where: Path) -> tuple[Family, dict[str, Any]]:

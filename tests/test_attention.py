@@ -145,23 +145,29 @@ def test_tokens_of_a_prefix_see_each_other(T, prefixes):
         assert seen[b, 0, t, s] == (s <= t or max(s, t) < prefixes[b])
 
 
-@given(seeds, st.sampled_from([0.0, 0.7]), st.booleans(), st.integers(1, 6))
-def test_a_layer_is_the_paper(seed, scale, qk_norm, T):
+@given(seeds, st.sampled_from([0.0, 0.7]), st.booleans(), st.booleans(), st.integers(1, 6))
+def test_a_layer_is_the_paper(seed, scale, qk_norm, bias, T):
     """Heads of their own projections, of unit length if that is wished, and the output's matrix."""
-    config = ModelConfig(dim=8, heads=2, vocab_size=1, score_scale=scale, qk_norm=qk_norm)
+    config = ModelConfig(
+        dim=8, heads=2, vocab_size=1, score_scale=scale, qk_norm=qk_norm, bias=bias
+    )
     layer = Attention(config).double()
     for p, x in zip(
         layer.parameters(), normals(seed, *(p.shape for p in layer.parameters())), strict=True
     ):
         p.data.copy_(x.detach())
     (x,) = normals(seed, (1, T, 8))
-    q, k, v = (array(x)[0] @ array(f.weight).T for f in (layer.query, layer.key, layer.value))
+
+    def linear(f, x):
+        return x @ array(f.weight).T + (array(f.bias) if bias else 0)
+
+    q, k, v = (linear(f, array(x)[0]) for f in (layer.query, layer.key, layer.value))
     q, k, v = (part.reshape(1, T, 2, 4).transpose(0, 2, 1, 3) for part in (q, k, v))
     if qk_norm:
         q, k = (part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-6) for part in (q, k))
     hi = np.arange(T)[None]
     out = reference.attend(q, k, v, 0 * hi, hi, scale or 0.5)
-    want = out.transpose(0, 2, 1, 3).reshape(T, 8) @ array(layer.output.weight).T
+    want = linear(layer.output, out.transpose(0, 2, 1, 3).reshape(T, 8))
     assert_close(layer(x, causal_mask(T))[0][0], want)
 
 

@@ -1,5 +1,6 @@
 """Laws of families.py: whatever transformers computes with a folder, so do we, and back."""
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from families import ALWAYS, FAMILIES, ROPE
 from generate import Sampling, generate
 from model import ModelConfig, Transformer
 from model_files import read_settings
+from run import UserError
 
 every_family = pytest.mark.parametrize("kind", CONFIGS)
 
@@ -209,6 +211,43 @@ def test_greedy_text_is_that_of_transformers(transformers, tmp_path_factory, kin
 
 # --- settings -------------------------------------------------------------------------------------
 
+ANYTHING = [..., None, True, False, 0, 1, 2, 0.5, "gelu", "relu", [], {}]  # ... takes a key away
+UNWRITTEN = [  # keys that our files do not have, and transformers may look at
+    "is_causal", "is_decoder", "is_gated_act", "dense_act_fn", "hidden_act", "layer_types",
+    "num_attention_heads", "head_dim", "n_embed", "slow_but_exact", "pretraining_tp", "rope_theta",
+    "rope_scaling", "partial_rotary_factor", "scale_attn_by_inverse_layer_idx", "sliding_window",
+    "scale_attn_weights", "apply_residual_connection_post_layernorm", "num_key_value_heads",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@given(st.data())
+def test_whatever_a_config_says_is_refused_or_means_the_same_there(
+    transformers, tmp_path_factory, kind, data
+):
+    """Some keys changed, some taken away; what transformers cannot load may mean anything."""
+    folder = tmp_path_factory.mktemp("config") / "model"
+    MODELS[kind].save(folder)
+    keys = sorted({*json.loads((folder / "config.json").read_text()), *UNWRITTEN} - {"dtype"})
+    values = st.sampled_from(ANYTHING)
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), values, min_size=1, max_size=3))
+    edit(**changes)(folder)
+    try:
+        model = Transformer.load(folder)
+    except UserError:
+        return
+    batch = Batch(SHAPES[kind], 5)
+    read = getattr(transformers, THEIRS[kind.removesuffix(" v1.1")][0])
+    bare = {"add_pooling_layer": False} if kind == "bert" else {}
+    try:
+        other, info = read.from_pretrained(folder, output_loading_info=True, **bare)
+        want = batch.theirs(other.float().eval())
+    except Exception:
+        return
+    if not any(info.values()):
+        kept = slice(None) if model.config.arch == "encdec" else batch.there
+        assert_close(batch.ours(model)[kept], want[kept], 1e-5)
+
 
 def test_every_setting_has_its_place_in_every_family():
     """Or a new one would be lost in a file, and the model become another.
@@ -237,7 +276,7 @@ def test_where_a_config_is_silent_transformers_default_holds(transformers, kind)
     silent = {theirs: value for theirs, value in silent.items() if hasattr(default, theirs)}
     assert silent == {theirs: getattr(default, theirs) for theirs in silent}
     for key, value in family.only.items() if kind != "t5 v1.1" else ():
-        assert getattr(default, key, None) in (None, value)
+        assert default.to_dict().get(key) in (None, value)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
@@ -287,6 +326,16 @@ SPELT = {
     "its RoPE, scaled": (
         "llama", {"rope_scaling": "linear"}, old_rope(type="linear", factor=8.0)
     ),
+    "its RoPE, scaled in the old words, beside the new ones": (
+        "llama", {"rope_scaling": "linear"}, edit(rope_scaling={"type": "linear", "factor": 8.0})
+    ),
+    "its RoPE, scaled in the newer of two words": (
+        "llama", {"rope_scaling": "linear"},
+        old_rope(type="default", rope_type="linear", factor=8.0),
+    ),
+    "a file that is whole, and an index beside it": (
+        "llama", {}, lambda folder: (folder / "model.safetensors.index.json").write_text("{}")
+    ),
     "llama 3.1": ("llama", {"rope_scaling": "llama3"}, old_rope(type="llama3", **LLAMA3)),
     "mistral without a window": ("mistral", {"attention": "full"}, edit(sliding_window=None)),
     "bert as first released": ("bert", {}, both(
@@ -314,6 +363,14 @@ SPELT = {
         renamed("transformer.", ""),
         edit(n_embed=16, num_attention_heads=4, hidden_size=..., n_head=..., n_inner=None),
     )),
+    "gpt2 by the words of others": ("gpt2", {}, edit(
+        n_embd=..., n_head=..., n_layer=..., n_positions=..., hidden_size=16, num_attention_heads=4,
+        num_hidden_layers=2, max_position_embeddings=8,
+    )),
+    "t5 by the words of others": ("t5", {}, edit(
+        d_model=..., num_heads=..., num_layers=..., d_kv=..., hidden_size=16, num_attention_heads=4,
+        num_hidden_layers=2, head_dim=4,
+    )),
 }  # fmt: skip
 
 
@@ -324,4 +381,6 @@ def test_a_folder_in_other_words_is_the_same(case, tmp_path):
     change(tmp_path / "model")
     model = Transformer(replace(SHAPES[kind], **more))
     model.load_state_dict(MODELS[kind].state_dict())
-    assert_same(Transformer.load(tmp_path / "model"), model)
+    loaded = Transformer.load(tmp_path / "model")
+    assert (loaded.head is None) == (model.head is None)
+    assert_same(loaded, model)

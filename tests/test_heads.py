@@ -83,6 +83,14 @@ def test_each_head_is_its_equation(config, seed):
     )
 
 
+def test_scores_have_32_bits_whatever_the_states_have():
+    h, E = (x.detach() for x in normals(0, (5, 16), (11, 16)))
+    head = shaken(MaskedHead(SHAPE), 0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert head(h.to(dtype), E).dtype == torch.float32
+    assert head.double()(h, E).dtype == torch.float64
+
+
 @given(seeds)
 def test_what_a_head_starts_as_depends_on_its_seed_and_name_alone(seed):
     for make in (Pooler, MaskedHead, NextSentenceHead, ScalarHead):
@@ -105,7 +113,7 @@ def test_a_head_learns_through_the_model_that_it_is_attached_to():
     ids = random_ids(model.config, 0, 32, 4)
     want = (ids[:, :1] % 2).float().expand(ids.shape)
     adam = torch.optim.Adam([*model.parameters(), *head.parameters()], 2e-2)
-    for _ in range(60):
+    for _ in range(120):
         loss = (head(model(ids)) - want).square().mean()
         adam.zero_grad()
         loss.backward()

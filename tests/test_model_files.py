@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,10 @@ from helpers import seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, MODELS, SHAPES, assert_same, edit, put, shaken, tensors
+from safetensors.torch import load_file
 
 from model import Transformer
+from model_files import begin_and_ends
 from run import UserError
 
 FILES = ("config.json", "model.safetensors")
@@ -41,6 +44,9 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, kind, data, seed,
     assert_same(loaded, model)
     hf = json.loads((folder / "config.json").read_text())
     assert hf["bos_token_id"] == hf["eos_token_id"] == 1
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if len(files) > 1:
+        assert {*json.loads((folder / INDEX).read_text())["weight_map"].values()} == files
     again = folder.with_name("again")
     loaded.save(again, end=1)
     assert json.loads((again / "config.json").read_text()) == hf
@@ -52,6 +58,29 @@ def test_loading_draws_nothing_and_holds_no_view_of_the_file(tmp_path, monkeypat
     loaded = Transformer.load(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
     assert_same(loaded, LLAMA)
+
+
+def test_weights_of_16_bits_are_written_as_what_config_json_says(tmp_path):
+    low = deepcopy(LLAMA).bfloat16()
+    low.save(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "float32"
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert {x.dtype for x in written.values()} == {torch.float32}
+    assert_same(Transformer.load(tmp_path / "model"), low.float())
+
+
+def test_a_mistral_s_heads_need_not_divide_its_width(tmp_path):
+    config = replace(SHAPES["mistral"], heads=6, kv_heads=2, head_width=4)
+    model = shaken(Transformer(config), 0)
+    model.save(tmp_path / "model")
+    assert_same(Transformer.load(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize("said, ends", [(2, {2}), ([1, 2], {1, 2}), (None, set()), ([True], set())])
+def test_what_ends_a_text_is_a_token_or_several(said, ends, tmp_path):
+    LLAMA.save(tmp_path / "model")
+    edit(bos_token_id=3, eos_token_id=said)(tmp_path / "model")
+    assert begin_and_ends(tmp_path / "model") == [{3}, ends]
 
 
 # --- what cannot be written -----------------------------------------------------------------------
@@ -170,6 +199,9 @@ BAD = {
     "a head of another width": (edit(head_dim=8), "key.weight is .8, 16., not .16, 16."),
     "another activation": (edit(hidden_act="gelu"), "hidden_act 'gelu' is not supported, only"),
     "half its biases": (edit(mlp_bias=True), "mlp_bias True is not supported, only false"),
+    "half its biases, the other unsaid": (
+        edit(mlp_bias=..., attention_bias=True), "mlp_bias False is not supported, only true"
+    ),
     "biases that are not there": (edit(mlp_bias=True, attention_bias=True), "does not fit"),
     "NaN": (edit(rms_norm_eps=float("nan")), "norm-eps nan"),
     "a head that is not there": (edit(tie_word_embeddings=False), "head is None, not .11, 16."),
@@ -199,6 +231,7 @@ BAD = {
     "no shape": (tensors(lambda t: t.update({K: torch.tensor(1.0)})), "is no weight"),
     "nothing in it": (tensors(lambda t: t.update({K: torch.ones(0, 16)})), "is no weight"),
     "whole numbers": (tensors(lambda t: t.update({K: t[K].int()})), "'I32' is not supported"),
+    "64 bits": (tensors(lambda t: t.update({K: t[K].double()})), "'F64' is not supported"),
     "infinity": (tensors(lambda t: t[K].view(-1)[:1].fill_(torch.inf)), f"{K} .* is not finite"),
     "two heads": (
         tensors(lambda t: t.update({"lm_head.weight": torch.ones(11, 16)})), "is not the embedding"
@@ -207,6 +240,9 @@ BAD = {
     "no table": (index(lambda home, f: [1]), "weight_map is no table"),
     "a shard that is missing": (index(moved), "there is no file .*/model-0"),
     "a shard outside": (index(lambda home, f: home | {K: "../x.safetensors"}), "cannot stand in"),
+    "a shard below another": (
+        index(lambda home, f: home | {K: "x.safetensors/../../x.safetensors"}), "cannot stand in"
+    ),
     "a shard anywhere": (index(lambda home, f: home | {K: "/x.safetensors"}), "cannot stand in"),
     "a shard that is a number": (index(lambda home, f: home | {K: 3}), "cannot stand in 3"),
     "a tensor in no shard": (
@@ -241,6 +277,7 @@ BAD_OF = [
     ("gpt2", edit(scale_attn_by_inverse_layer_idx=True), "only false"),
     ("gpt2", edit(scale_attn_weights=False), "only true"),
     ("gpt2", edit(add_cross_attention=True), "add_cross_attention"),
+    ("gpt2", edit(num_attention_heads=2), "n_head 4 is not supported, only 2"),
     ("gpt2", edit(activation_function="relu"), "activation_function 'relu'"),
     ("gpt2", edit(n_inner=65), "ffn.down.weight is .16, 64., not .16, 65."),
     ("gpt2", edit(n_positions=2**28 - 1), "position.table is .8, 16., not .268435455, 16."),
@@ -267,6 +304,8 @@ BAD_OF = [
     ("t5", edit(relative_attention_num_buckets=16), "encoder.position.table is .32, 4., not"),
     ("t5", edit(relative_attention_max_distance=5), "reach no smaller"),
     ("t5", edit(scale_decoder_outputs=0.5), "scale_decoder_outputs cannot be 0.5"),
+    ("t5", edit(scale_decoder_outputs=None), "scale_decoder_outputs cannot be None"),
+    ("t5", edit(head_dim=8), "d_kv 4 is not supported, only 8"),
     ("t5", put(T5_COPY, 11, 16), f"{T5_COPY} is not the embedding"),
     ("t5", put("lm_head.weight", 12, 16), "lm_head.weight is not the embedding"),
     ("t5", put("lm_head.weight", 11), "lm_head.weight is not the embedding"),
@@ -276,7 +315,9 @@ BAD_OF = [
     ("t5", put(CROSS.replace("decoder", "encoder"), 16, 16), "is no tensor of such a model"),
     ("t5 v1.1", tensors(lambda t: t.pop("lm_head.weight")), "head is None, not .11, 16."),
     ("t5 v1.1", edit(feed_forward_proj=..., is_gated_act=...), "wi_0.weight' is no tensor"),
+    ("t5 v1.1", edit(feed_forward_proj=..., is_gated_act=True), "'relu' .* only \"gated-gelu\""),
     ("bloom", edit(apply_residual_connection_post_layernorm=True), "only false"),
+    ("bloom", edit(slow_but_exact=True, pretraining_tp=2), "slow_but_exact True .* only false"),
     ("bloom", edit(n_embed=24), "hidden_size 16 is not supported, only 24"),
     ("bloom", edit(n_head=3), "not divisible by --model.heads 3"),
     ("bloom", put("transformer." + BLOOM_QKV, 40, 16), "has 40 rows, which are not 3 × 4 alike"),
@@ -291,6 +332,32 @@ def test_what_a_family_cannot_be_gets_one_sentence(kind, change, named, tmp_path
     with pytest.raises(UserError, match=named) as caught:
         Transformer.load(folder)
     assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+ANY = {"layer_types": ["full_attention"] * 2, "per_layer_config": {"0": {"rms_norm_eps": 1e-3}}} | {
+    "quantization_config": {"bits": 4}, "auto_map": {"AutoModel": "other.OtherModel"},
+}  # fmt: skip
+WRITERS = {"is_causal": False, "attention_chunk_size": 4, "sliding_window": 4}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("key", [*ANY, *WRITERS])
+def test_what_any_config_may_say_gets_one_sentence(kind, key, tmp_path):
+    """transformers looks at these keys whatever the family: a decoder that is not causal sees the
+    future there, and a cache with a window forgets."""
+    if (kind == "bert" and key in WRITERS) or (kind, key) == ("mistral", "sliding_window"):
+        return
+    folder = tmp_path / "model"
+    MODELS[kind].save(folder)
+    edit(**{key: (ANY | WRITERS)[key]})(folder)
+    with pytest.raises(UserError, match=f"^{folder}.config.json: {key} .* is not supported, only"):
+        Transformer.load(folder)
+    edit(**{key: None})(folder)
+    if key == "is_causal":  # to transformers null is no
+        with pytest.raises(UserError, match="is_causal None is not supported, only true"):
+            Transformer.load(folder)
+    else:
+        assert_same(Transformer.load(folder), MODELS[kind])
 
 
 def test_what_is_no_folder_or_no_file_gets_one_sentence(tmp_path):

@@ -148,6 +148,18 @@ def test_the_way_of_the_gpu_is_the_same_for_ordinary_norms(seed, T, G, documents
         assert_close(got, want, 3e-5 * max(1, want.abs().max().item()))
 
 
+@pytest.mark.parametrize("apart", [0, 280])
+def test_the_way_of_the_gpu_has_room_above_and_below(apart):
+    """A key that is a direction has the largest weight there is; one 290 from it still has some."""
+    w, q, v = (
+        x.detach()
+        for x in normals(0, (1, 8), (1, 1, 1, 300, 8), (1, 1, 300, 8), dtype=torch.float32)
+    )
+    y = w + apart**0.5 * torch.eye(8)[0]
+    out = causal_fused(w, q, y.expand(1, 1, 300, 8), v, torch.zeros(1, 300, dtype=torch.long))
+    assert_close(out[0, 0, 0], v[0, 0].cumsum(0) / torch.arange(1, 301)[:, None], 1e-5)
+
+
 # --- nobody looks ahead, whatever the norms -------------------------------------------------------
 
 
@@ -267,11 +279,14 @@ def test_every_layer_and_process_draws_the_same_directions():
 # --- what it cannot do ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["window", "prefix", "future", "shifted", "beyond", "other keys"])
+@pytest.mark.parametrize(
+    "what", ["window", "pairs", "prefix", "future", "shifted", "beyond", "other keys"]
+)
 def test_other_intervals_are_refused(what):
     t = torch.arange(6)[None]
     lo, hi = {
         "window": (t - 2, t),
+        "pairs": (t - 1, t),
         "prefix": (0 * t, t.clamp(min=3)),
         "future": (t, torch.full_like(t, 5)),
         "shifted": (0 * t, t - 1),

@@ -17,11 +17,9 @@ from model import ModelConfig
 from positions import (
     POSITIONS,
     SCALINGS,
-    Learned,
     Rope,
     Shaw,
     Sinusoidal,
-    T5Bias,
     alibi_slopes,
     t5_bucket,
 )
@@ -40,13 +38,17 @@ def test_sinusoidal_is_the_paper(C, position):
 
 @given(seeds, st.integers(1, 20))
 def test_learned_is_a_row_of_a_table(seed, n):
-    scheme = Learned(4, 20).double()
+    config = ModelConfig(dim=4, heads=1, context=20, position="learned")
+    scheme = POSITIONS["learned"](config, True).double()
     (table, x) = normals(seed, (20, 4), (2, n, 4))
     scheme.table.data.copy_(table)
     positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 20, (2, n)))
     got = array(scheme.embed(x, positions))
     for b, t in np.ndindex(2, n):
         assert_close(got[b, t], array(x)[b, t] + array(table)[positions[b, t]], 0)
+    positions[1, n - 1] = 20
+    with pytest.raises(ValueError, match="position 20 lies beyond the 20 learned positions"):
+        scheme.embed(x, positions)
 
 
 # --- turned into queries and keys -----------------------------------------------------------------
@@ -145,8 +147,11 @@ def test_interleaved_channels_are_the_same_rotation(seed, half, position):
     (x,) = normals(seed, (1, 1, 1, 2 * half))
     at = torch.tensor([[position]])
     order = torch.arange(2 * half).view(2, half).T.flatten()  # ours -> theirs: 0, h, 1, h + 1, …
-    ours = Rope(2 * half, 100.0).rotation(at)(x, x)[0]
-    theirs = Rope(2 * half, 100.0, interleaved=True).rotation(at)(x[..., order], x[..., order])[1]
+    config = ModelConfig(dim=2 * half, heads=1, rope_base=100.0)
+    ours, theirs = (
+        POSITIONS["rope"](replace(config, rope_interleaved=how), True).rotation(at)(y, y)[how]
+        for how, y in enumerate((x, x[..., order]))
+    )
     assert_close(ours[..., order], theirs, 0)
 
 
@@ -188,7 +193,8 @@ def test_t5_s_buckets_are_those_of_transformers(causal, buckets, furthest):
 
 @given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(0, 5), st.booleans())
 def test_t5_adds_a_number_for_head_and_bucket(seed, heads, T, past, causal):
-    scheme = T5Bias(heads, 6, 9, causal).double()
+    config = ModelConfig(dim=heads, heads=heads, position="t5", buckets=6, reach=9)
+    scheme = POSITIONS["t5"](config, causal).double()
     scheme.table.data.copy_(normals(seed, (6, heads))[0])
     bias = scheme.scored(at_places(T, past), T + past).bias
     for h, t, s in np.ndindex(heads, T, T + past):

@@ -188,8 +188,10 @@ def test_one_more_token_costs_what_torch_counts(config, past):
     assert got == decode_flops(config, past + 1)
 
 
-@given(configs(**SIMPLE), st.integers(1, 20))
-def test_pairs_are_those_that_the_mask_shows(config, T):
+@pytest.mark.parametrize("attention", SIMPLE["attention"])
+@given(st.integers(1, 12), st.integers(1, 20))
+def test_pairs_are_those_that_the_mask_shows(attention, window, T):
+    config = ModelConfig(attention=attention, window=window)
     for causal, mask in ((True, causal_mask(T)), (False, full_mask(T, T))):
         mask = replace(mask, at=torch.arange(T)[None])
         mask = ATTENTIONS[config.attention].narrow(mask, T, config)
@@ -380,6 +382,13 @@ def test_activations_are_korthikanti_s(L, H, D, V, s, b):
         assert activation_bytes(config, s, b, how) == pytest.approx(want, rel=1e-12)
 
 
+def test_wider_heads_keep_more_queries_keys_values_and_outputs():
+    """Two bytes of each, where the heads together are not as wide as the stream."""
+    one, two = (replace(gpt(3, 12, 4, 50), head_width=D) for D in (5, 7))
+    more = activation_bytes(two, 10) - activation_bytes(one, 10)
+    assert more == 10 * 3 * 2 * 4 * 4 * (7 - 5)
+
+
 @pytest.mark.parametrize("row, spared", [(KORTHIKANTI[1], "70"), (KORTHIKANTI[2], "65")])
 def test_selective_recomputation_spares_what_the_paper_says(row, spared):
     layers, dim, heads, *_ = row
@@ -431,6 +440,17 @@ def test_the_cache_is_as_large_as_counted(config, S):
     assert sum(x.nbytes for kv in kept for x in kv) == cache_bytes(config, S, bits=32)
 
 
+@pytest.mark.parametrize("arch, stacks", [("decoder", 1), ("encdec", 2)])
+def test_a_window_keeps_its_own_tokens_only(arch, stacks):
+    """Of 12 tokens the last 5; of a source, at which a decoder looks without a window, all."""
+    full = ModelConfig(arch=arch, vocab_size=1, window=5)
+    sliding = replace(full, attention="sliding")
+    own, all_ = (cache_bytes(full, S) / stacks for S in (5, 12))
+    assert cache_bytes(sliding, 12) == own + (stacks - 1) * all_
+    spared = full.layers * 4 * full.dim * (12 - 5)
+    assert decode_flops(sliding, 12) == decode_flops(full, 12) - spared
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -460,6 +480,29 @@ def test_cost_of_gpt_3(capsys):
     show_cost(Cost(config, tokens=300e9, devices=1024))
     ends = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
     assert ends.count("too much") == 3 and ends.count("fits") == 1  # only with all divided
+
+
+def test_each_number_of_the_sheet_is_that_of_its_formula(capsys):
+    """A T5, of whose tokens a row reads the half and writes the half, in fp32; then GPT-3's use."""
+    it, device = PUBLISHED["t5-large"], HARDWARE["a100-80g"]
+    c = ModelConfig(**it.settings)
+    show_cost(Cost(c, 1e12, 16, precision="fp32", price=2.0, recompute="none", rows=3, tensor=2,
+                   pipeline=2))  # fmt: skip
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    flops = 1e12 / 1024 * exact_flops(c, 512)
+    long = flops / (16 * 0.45 * device.single) / DAY
+    assert lines["exact"][1:] == [f"{flops:.2e}", f"{long:,.2f}", f"{long * 24 * 16 * 2:,.0f}"]
+    kept = activation_bytes(c, 512, 3) / 2
+    for stage, parts in ((0, (1, 1, 1)), (3, (4, 4, 4))):
+        held = [it.parameters / 4 * b / p for b, p in zip((4, 4, 8), parts, strict=True)]
+        cells = [f"{x / GB:,.2f}" for x in (*held, kept, sum(held) + kept)]
+        assert lines[f"ZeRO {stage}"][2:-1] == cells
+    gpt3 = ModelConfig(**PUBLISHED["gpt3-175b"].settings)
+    show_cost(Cost(gpt3))
+    read = 2 * sum(parameters(gpt3).values()) + cache_bytes(gpt3, 2048)
+    assert 4 < read / device.memory < 5
+    assert f"at most {5 * device.bandwidth / read:,.1f} tokens/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

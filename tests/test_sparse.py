@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels.attention as blocked
+from attention import full
 from kernels.attention import attend, attend_obvious
 from kernels.mask import Mask, visible
-from sparse import PATTERNS, bigbird, longformer, reach
+from sparse import COLORS, PATTERNS, Settings, bigbird, kinds, longformer, reach
 
 size = st.integers(1, 4)
 names = st.sampled_from(sorted(PATTERNS))
@@ -122,15 +123,27 @@ def test_a_text_behind_a_past_sees_the_rows_of_the_whole(name, config, T, seed):
                 assert not rows[:, stop:].any()
 
 
+@pytest.mark.parametrize("name", sorted(PATTERNS))
+def test_wherever_a_part_begins_and_ends_it_sees_the_rows_of_the_whole(name):
+    """Also where it begins in a block and ends with the first token of the next."""
+    config = SimpleNamespace(window=20, block=16, global_blocks=1, random_blocks=1)
+    whole = seen_by(name, causal(80), 80, config)
+    for start in (0, 1, 15, 16, 17, 31):
+        for stop in range(start + 1, 81):
+            rows = seen_by(name, causal(stop - start, start), stop, config)
+            assert (rows == whole[start:stop, :stop]).all(), (start, stop)
+
+
 @given(names, configs, st.integers(2, 100), seeds)
 def test_cached_attention_equals_the_whole(name, config, T, seed):
     q, k, v = (x.detach() for x in normals(seed, (1, 4, T, 6), *[(1, 2, T, 6)] * 2))
     narrow, first = PATTERNS[name], int(np.random.default_rng(seed).integers(1, T))
     want = attend_obvious(q, k, v, narrow(causal(T), T, config), 0.4)
-    got = [
-        attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], narrow(causal(b - a, a), b, config), 0.4)
-        for a, b in [(0, first), (first, T), *((t, t + 1) for t in range(max(0, T - 3), T))]
-    ]
+    with torch.no_grad():
+        got = [
+            full(q[:, :, a:b], k[:, :, :b], v[:, :, :b], narrow(causal(b - a, a), b, config), 0.4)
+            for a, b in [(0, first), (first, T), *((t, t + 1) for t in range(max(0, T - 3), T))]
+        ]
     assert_close(torch.cat(got[:2], 2), want)
     assert_close(torch.cat(got[2:], 2), want[:, :, -len(got[2:]) :])
 
@@ -234,6 +247,19 @@ def test_empty_blocks_are_not_even_looked_at(name, config, T, seed):
         attend(q, k, v, mask, 0.5).sum().backward()
     tiles = visible(mask, T)[0, 0].split(config.block)
     assert sum(computed) == 2 * sum(len(tile) * int(tile.any(0).sum()) for tile in tiles)
+
+
+def test_the_costs_are_those_of_the_kinds_that_they_are_said_to_be_of():
+    q, k, v = (x.detach() for x in normals(0, *[(1, 2, 100, 8)] * 3))
+    config = Settings(heads=2, head_dim=8, window=10, block=16, features=4)
+    out = {name: function(q, k, v) for name, function in kinds(100, config).items()}
+    exact = {"full, obvious": causal(100), "full": causal(100), "SDPA of torch": causal(100)}
+    exact["sliding"] = replace(causal(100), lo=causal(100).at - 9)
+    exact["strided"] = PATTERNS["strided"](causal(100), 100, replace(config, window=32))
+    exact["bigbird"] = PATTERNS["bigbird"](causal(100), 100, config)
+    assert {*out} == {*exact, "performer"} == {*COLORS}
+    for name, mask in exact.items():
+        assert_close(out[name], attend_obvious(q, k, v, mask, 8**-0.5))
 
 
 # --- what it cannot do ----------------------------------------------------------------------------
