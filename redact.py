@@ -76,7 +76,6 @@ NUMBERED = {
 }  # fmt: skip
 COMPARED = ("==", ">=", "<=", "~=", "!=", "~>", "≥", "≤", "^", "§")
 RFC = re.compile(r"\b[Rr][Ff][Cc][ -]?[0-9]{1,5},?\Z")
-LAST_WORD = re.compile(r"[A-Za-z]+\Z")
 PRODUCT = re.compile(r"\b[A-Z][A-Za-z]+/\Z")
 CONTEXT = 24  # characters before a number that may say what it is
 NAT64, UNICAST = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("2000::/3")
@@ -109,22 +108,24 @@ def public(address: Address) -> bool:
 def ipv4(text: str, public_only: bool) -> Iterator[Span]:
     """Four numbers to 255 without leading zeros; not part of more, not a version or section."""
     for rest in QUAD_REST.finditer(text):
-        left = text[max(0, rest.start() - CONTEXT) : rest.start()]
-        first = left[len(left.rstrip("0123456789")) :]
-        left = left[: len(left) - len(first)]
+        dot, end = rest.span()
+        before = text[max(0, dot - CONTEXT) : dot]
+        left = before.rstrip(string.digits)
+        start = dot - len(before) + len(left)
         if left and (is_word(left[-1]) or (left[-1] == "." and left[-2:-1].isdigit())):
             continue
-        if is_address(first + rest[0], public_only) and not is_numbered(left):
-            yield Span(rest.start() - len(first), rest.end(), "IPV4")
+        if is_address(text[start:end], public_only) and not is_numbered(left):
+            yield Span(start, end, "IPV4")
 
 
 def is_numbered(left: str) -> bool:
     """Whether a text ends so that a version or section follows: "version ", "==", "RFC 2616, "."""
     left = left.rstrip(" \t\n\"'")
-    if left.endswith(COMPARED) or PRODUCT.search(left):
+    if left.endswith(COMPARED) or (left.endswith("/") and PRODUCT.search(left)):
         return True
-    word = LAST_WORD.search(left.rstrip(".:#-"))
-    return bool((word and word[0].lower() in NUMBERED) or RFC.search(left))
+    word = left.rstrip(".:#-")
+    word = word[len(word.rstrip(string.ascii_letters)) :]
+    return word.lower() in NUMBERED if word else "fc" in left.lower() and bool(RFC.search(left))
 
 
 @lru_cache(1 << 12)

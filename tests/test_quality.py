@@ -325,7 +325,7 @@ def test_unknown_presets_are_one_sentence():
     ("One two three.", True), ("One two.", False), ("One two three", False),
     ("One two three!", True),
     ("One two three?", True), ('He said "one two."', True), ("He said 'so it'", True),
-    ("So it goes...", False),
+    ("So it goes...", False), ("So it goes..", True),
     ("One two three,", False), ("Please enable JavaScript here.", False),
     ("We use cookies on it.", False),
     ("Read our Privacy Policy now.", False), ("These are the terms of use.", False),
@@ -445,6 +445,9 @@ def test_scripts_decide():
                         ("カタカナ", "ja"), ("안녕하세요", "ko"), ("Γειά σου", "el"),
                         ("مرحبا", "ar"), ("नमस्ते", "hi")):  # fmt: skip
         assert language(text).label == label and language(text).confidence > 0.6
+    assert language("日本国憲法第九条の条文を") == ("ja", 1.0)  # few kana are enough, one is not
+    assert language("没有人确切知道第一批移民の岛").label == "zh"
+    assert language("Привет, мир и всем") == ("ru", 1.0)  # blanks are no letters
     assert language("Ein Wort wie мир, in einem deutschen Satz, der viel länger ist.").label == "de"
     for text in ("", " ", "123 456", "... --- ...", "\n"):
         assert language(text) == ("", 0.0)
@@ -480,6 +483,7 @@ def test_prose_is_better_than_anything_else():
         assert quality(text) < 0.1, name
         assert quality(PROSE[:150] + text) < quality(PROSE), name
     assert quality("") == pytest.approx(1 / 5)
+    assert module.shape("12 \t 345\n  a6") == "0 0\n a0"
 
 
 def test_quality_of_held_out_text():
@@ -513,6 +517,9 @@ def test_letters_is_naive_bayes():
     p = (p * [4, 7] + module.SMOOTHING) / (np.array([4, 7]) + smooth)
     found = np.exp(model.log[0, module.buckets("a")[0][0]])
     assert found == pytest.approx(p, rel=1e-5)
+    logs = [model.log[n][found].mean(0) for n, found in enumerate(module.buckets("abba"))]
+    p = np.exp(4 * np.mean(logs, 0))  # of four letters, seen alone, in pairs and in threes
+    assert model.probabilities("abba") == pytest.approx(p / p.sum())
     sure = [model.guess("ab" * n).confidence for n in (1, 10, 100, 1000)]
     assert sure[0] < sure[1] and abs(sure[3] - sure[2]) < 0.01  # a book is no surer than a page
     with pytest.raises(ValueError, match=r"write \[text\] for a single one"):

@@ -250,8 +250,9 @@ def test_every_country_has_its_ibans():
         assert find(iban, ["IBAN"]) == [(0, len(iban), "IBAN")]
         assert not find(iban + "0", ["IBAN"]) and not find(iban[:-1], ["IBAN"])
         for i in range(2, len(iban)):
-            other = str((int(iban[i], 36) + 1) % 10)
-            assert not find(iban[:i] + other + iban[i + 1 :], ["IBAN"])
+            for more in (1, 9):
+                other = str((int(iban[i], 36) + more) % 10)
+                assert not find(iban[:i] + other + iban[i + 1 :], ["IBAN"])
     for digits in ("00", "01", "99"):  # which no bank gives, though they may be right modulo 97
         assert not any(find(f"NO{digits}{i:011}", ["IBAN"]) for i in range(300))
 
@@ -288,7 +289,7 @@ def test_what_stands_around_is_left():
         ("", "4111 1111 1111 1111", " 123"), ("", "4111 1111 1111 1111", " 12/27"),
         ("", "4111111111111111", ",12,27"), ("", "5555-5555-5555-4444", " 12/2027, 123"),
         ("mailto:", "a@b.de", "?subject=x"), ("<'", "a.b@c.de", "'>"), ("", "a@b.de", "--Ann"),
-        ("'", "a@b.de", "'s"), ("tel:", "+442071234567", ";x=1"), ("", "030 1234567", " 2 Uhr"),
+        ("@ann: ", "a@b.de", ""), ("'", "a@b.de", "'s"), ("tel:", "+442071234567", ";x=1"), ("", "030 1234567", " 2 Uhr"),
         ("IBAN ", "DE89 3704 0044 0532 0130 00", " BIC X"), ("token=", "ghp_" + "a1" * 18, "&x"),
     ):  # fmt: skip
         span = find(before + item + after)
