@@ -336,7 +336,7 @@ def is_phone(text: str, start: int, end: int, last: int) -> bool:
     digits = count_digits(found)
     if found.startswith("+"):  # behind it all may stand in one go, but not as a decimal
         solid = re.fullmatch(r"\+([0-9]+\.)?[0-9]+", found)
-        return digits <= 15 and (not solid or (solid[1] is None and digits >= 9))
+        return not solid or (solid[1] is None and digits >= 9)
     if found.startswith("00"):
         return not found.isdigit()
     if PAIRS.fullmatch(found):

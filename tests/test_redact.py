@@ -289,14 +289,31 @@ def test_what_stands_around_is_left():
         ("", "4111 1111 1111 1111", " 123"), ("", "4111 1111 1111 1111", " 12/27"),
         ("", "4111111111111111", ",12,27"), ("", "5555-5555-5555-4444", " 12/2027, 123"),
         ("mailto:", "a@b.de", "?subject=x"), ("<'", "a.b@c.de", "'>"), ("", "a@b.de", "--Ann"),
-        ("@ann: ", "a@b.de", ""), ("'", "a@b.de", "'s"), ("tel:", "+442071234567", ";x=1"), ("", "030 1234567", " 2 Uhr"),
+        ("@ann: ", "a@b.de", ""),
+        ("'", "a@b.de", "'s"), ("tel:", "+442071234567", ";x=1"), ("", "030 1234567", " 2 Uhr"),
+        ("", "030 1234 5678 90", " 12"),
         ("IBAN ", "DE89 3704 0044 0532 0130 00", " BIC X"), ("token=", "ghp_" + "a1" * 18, "&x"),
     ):  # fmt: skip
         span = find(before + item + after)
         assert [(s.start, s.end) for s in span] == [(len(before), len(before + item))], item
 
 
-@pytest.mark.parametrize("before", ["v", "v. ", "version ", "Version: ", "release ", "==", ">= ",
+def test_what_is_part_of_a_longer_word_is_left():
+    for item in ("415-555-2671", "4111111111111111"):
+        assert len(find(item)) == 1
+        for around in ("{}a", "{}-a", "a{}", "a-{}"):
+            assert not find(around.format(item)), around
+    key = "ghp_" + "a1" * 18
+    assert find(key) and not find("a" + key) and not find("a-" + key) and not find(key + "-")
+
+
+def test_phones_with_full_stops_have_a_digit_more():
+    assert find("012-345-67") == [(0, 10, "PHONE")] and find("012.345.67") == []
+    assert find("012.345.678") == [(0, 11, "PHONE")]
+
+
+@pytest.mark.parametrize("before", ["v", "v. ", 'version "', "version\n\t",
+                                    "version ", "Version: ", "release ", "==", ">= ",
 "<=",
                                     "~= ", "!=", "≥", "^", "section ", "Sec. ", "§", "§§ ",
                                     "Chapter ",
@@ -327,7 +344,8 @@ def test_addresses_of_nobody():
                  "[::-1]", "x[1000::2]", "a[i][2000::300]", "f(x)[2000::300]", "std::vector",
                  "12:30:45",
                  "00:1a:2b:3c:4d:5e", "00:11:22:33:44:55:66:77", "1::2::3", "::", "::1", "a::b",
-                 "12345::1", "gcc::2001:4860::1x", "2001:4860:::1"):  # fmt: skip
+                 "12345::1", "2600::", "::ffff", "gcc::2001:4860::1x",
+                 "2001:4860:::1"):  # fmt: skip
         assert not find(text, ["IPV4", "IPV6"], public_only=False), text
 
 
@@ -557,8 +575,10 @@ def test_stand_ins_are_harmless_and_constant(kind):
 
 def test_surrogates_of_addresses_are_of_nobody():
     draw = random.Random(0)
-    for _ in range(500):
-        assert not ipaddress.ip_address(surrogate("IPV4", an_ipv4(draw))).is_global
+    for _ in range(2000):
+        stand_in = surrogate("IPV4", an_ipv4(draw))
+        assert not ipaddress.ip_address(stand_in).is_global
+        assert 1 <= int(stand_in.split(".")[3]) <= 254
         assert ipaddress.ip_address(surrogate("IPV6", an_ipv6(draw))) in ipaddress.ip_network(
             "2001:db8::/32"
         )
@@ -574,6 +594,9 @@ def test_private_keys_without_an_end():
     )
     assert redact(begin + body + "# the rest")[0] == "<KEY># the rest"
     block = begin + body + "-----END RSA PRIVATE KEY-----"
+    long = begin + "a" * 16_380 + "\n-----END RSA PRIVATE KEY-----."
+    assert redact(long) == ("<KEY>.", {"KEY": 1})
+    assert find(block + block) == [(0, len(block), "KEY"), (len(block), 2 * len(block), "KEY")]
     assert redact(f"a {block} b {block} c") == ("a <KEY> b <KEY> c", {"KEY": 2})
     assert not find("-----BEGIN PUBLIC KEY-----\nabc\n-----END PUBLIC KEY-----")
 
