@@ -20,7 +20,7 @@ from models import CONFIGS, MODELS, SHAPES, assert_same, edit, put, shaken, tens
 from safetensors.torch import load_file
 
 from model import Transformer
-from model_files import begin_and_ends
+from model_files import special_ids
 from run import UserError
 
 FILES = ("config.json", "model.safetensors")
@@ -80,7 +80,7 @@ def test_a_mistral_s_heads_need_not_divide_its_width(tmp_path):
 def test_what_ends_a_text_is_a_token_or_several(said, ends, tmp_path):
     LLAMA.save(tmp_path / "model")
     edit(bos_token_id=3, eos_token_id=said)(tmp_path / "model")
-    assert begin_and_ends(tmp_path / "model") == [{3}, ends]
+    assert special_ids(tmp_path / "model") == [{3}, ends, set()]
 
 
 # --- what cannot be written -----------------------------------------------------------------------
