@@ -562,12 +562,3 @@ def fill(model: nn.Module, weights: Weights) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def parameters_of(config: ModelConfig) -> int:
-    """How many weights a model would have, without one; its blocks are all alike."""
-    with torch.device("meta"):
-        one, two = (
-            count_parameters(Transformer(replace(config, layers=n), seed=None)) for n in (1, 2)
-        )
-    return one + (config.layers - 1) * (two - one)

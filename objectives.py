@@ -23,7 +23,7 @@ N are hidden in k spans.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import NamedTuple
@@ -84,13 +84,6 @@ class Batch:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (x for x in vars(self).values() if x is not None)
-
-    @property
-    def starts(self) -> Tensor:
-        return self.lo
-
-    def _replace(self, **changes: Tensor) -> "Batch":
-        return replace(self, **{"lo" if n == "starts" else n: x for n, x in changes.items()})
 
 
 def places(x: Tensor) -> Tensor:

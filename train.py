@@ -37,7 +37,6 @@ from model import (
     ModelConfig,
     Transformer,
     count_parameters,
-    parameters_of,
     preset_in,
 )
 from objectives import OBJECTIVES, Batch, Rows, objective_for, vocabulary_for
@@ -55,7 +54,7 @@ from run import (
     settings,
     value_of,
 )
-from scaling import exact_flops
+from scaling import exact_flops, parameters
 from step import (
     check_memory,
     commit,
@@ -250,7 +249,7 @@ class Training:
         self.dtype = getattr(torch, config.dtype)
         tokens = config.batch * config.model.context
         kept = 2 * 4 * tokens * config.model.dim * config.model.layers  # of what backward needs
-        check_memory(16 * parameters_of(config.model) + kept, device)
+        check_memory(16 * sum(parameters(config.model).values()) + kept, device)
         self.model = Transformer(config.model, config.seed).to(device)
         make = OPTIMIZERS[config.optim.name]
         self.optimizer = make(self.model.named_parameters(), config.optim, self.dtype)

@@ -116,7 +116,7 @@ def test_accumulation_is_the_mean_over_all_tokens(seed, sizes):
 def test_a_micro_batch_without_targets_changes_nothing():
     model, twin = double_model(), double_model()
     full, empty = batch_for(0, 2), batch_for(1, 2)
-    empty = empty._replace(targets=torch.full_like(empty.targets, IGNORE))
+    empty = replace(empty, targets=torch.full_like(empty.targets, IGNORE))
     assert accumulate(model, [full, empty])[0] == accumulate(twin, [full])[0]
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
@@ -189,7 +189,7 @@ SMALL_LLAMA = replace(SMALL, kv_heads=2, tied=False, qk_norm=False, rope_scaling
 def test_plain_torch_computes_the_same_loss(config):
     """The network that the bench compares with is the same network."""
     model = double_model(1, config).float()
-    batch = batch_for(0, 3)._replace(starts=torch.zeros(3, 7, dtype=torch.long))
+    batch = replace(batch_for(0, 3), lo=torch.zeros(3, 7, dtype=torch.long))
     want = loss_sum(model, batch) / (batch.targets != IGNORE).sum()
     assert_close(PlainTransformer(model)(batch.inputs, batch.targets), want, 1e-5)
 
