@@ -817,6 +817,18 @@ def test_what_a_killed_process_left_is_ignored(tmp_path, corpus_path):
     assert not (folder / "train-00007.bin").exists()
 
 
+def test_other_special_tokens_make_another_tokenizer(tmp_path, corpus_path):
+    config = DataConfig(str(corpus_path))
+    for kind in ("bytes", "wordpiece", "unigram"):
+        found = [
+            prepare(config, TokenizerConfig(kind, 400), cache=tmp_path / "c", special=special)
+            for special in ((), ("<|mask|>",), ())
+        ]
+        assert ["<|mask|>" in corpus.tokenizer.special for corpus in found] == [False, True, False]
+        assert END_OF_TEXT in found[1].tokenizer.special
+        assert found[0].tokenizer.fingerprint == found[2].tokenizer.fingerprint
+
+
 def test_processes_that_make_the_same_tokens_do_not_disturb_each_other(tmp_path, corpus_path):
     """The second begins and ends while the first is at work. Once they shared one draft folder."""
     real, inner = data.tokenize, []

@@ -280,6 +280,15 @@ def test_a_run_is_loaded_with_its_tokenizer(run):
     assert (begin, stop) == ([256], {256})
 
 
+@pytest.mark.parametrize("objective", ["causal", "prefix", "spans", None])
+def test_a_run_s_prompt_is_seen_whole_as_in_its_training(run, objective):
+    path = run.folder / "config.json"
+    model = json.loads(path.read_text())["model"]
+    values = {"model": model} | ({"objective": objective} if objective else {})
+    path.write_text(json.dumps(values))
+    assert load(run, CPU).whole == (objective in ("prefix", "spans"))
+
+
 def test_a_run_older_than_a_setting_is_loaded(run):
     edit(run, rope_scaling=..., rope_factor=..., rope_context=..., rope_low=..., rope_high=...)
     assert load(run, CPU).model.config == replace(SMALL, vocab_size=257)

@@ -7,11 +7,14 @@ from math import comb, inf, sqrt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attention import prefix_mask
 from kernels.cross_entropy import cross_entropy, cross_entropy_obvious
+from model import ModelConfig, Transformer
 from objectives import (
     IGNORE,
     MASK,
@@ -36,6 +39,7 @@ from objectives import (
 )
 from packing import best_fit, cut, fill
 from run import UserError
+from step import loss_sum
 
 END = 0
 V = 13  # of which all but END are ordinary
@@ -534,3 +538,37 @@ def test_a_random_token_is_an_ordinary_one():
     special = {"<|endoftext|>": 3, "<|user|>": 7, MASK: 20}
     vocabulary = vocabulary_for(OBJECTIVES["masked"], special, {1, 3, 5, 7, 20}, 3)
     assert vocabulary.ordinary.tolist() == [1, 5] and vocabulary.mask == 20
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+def alone(model: Transformer, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """−log p of an answer, the prompt and it being all there is."""
+    if model.config.arch == "encdec":
+        memory = model.encode(torch.tensor([prompt]))
+        hidden = model(torch.tensor([[END, *answer[:-1]]]), memory=memory)[0]
+    else:
+        text = torch.tensor([prompt + answer[:-1]])
+        mask = prefix_mask(torch.tensor([len(prompt)]), text.shape[1])
+        hidden = model(text, mask=mask)[0, len(prompt) - 1 :]
+    return F.cross_entropy(model.logits(hidden), torch.tensor(answer), reduction="sum")
+
+
+@pytest.mark.parametrize("name, arch", [p for p in PAIRS if p[0] not in ("causal", "masked")])
+@given(sizes, st.integers(9, 60), seeds)
+def test_the_loss_of_a_batch_is_that_of_each_answer_alone(name, arch, lengths, T, seed):
+    """No piece sees another, on either side, and each sees its own prompt whole."""
+    config = ModelConfig(
+        dim=8, layers=2, heads=2, context=200, vocab_size=KNOWN, arch=arch,
+        position="t5",  # of distances alone: RoPE's angles are in fp32, and differ along a row
+    )  # fmt: skip
+    model = Transformer(config, seed).double()
+    for p, x in zip(
+        model.parameters(), normals(seed, *(p.shape for p in model.parameters())), strict=True
+    ):
+        p.data.copy_(0.5 * x.detach())
+    batch = made(name, arch, packed(lengths, T, seed), seed)
+    pieces = [piece for row in conversations(batch) for piece in row if piece[1]]
+    want = sum(alone(model, *piece).item() for piece in pieces)
+    assert loss_sum(model, batch).item() == pytest.approx(want, rel=1e-10, abs=1e-10)

@@ -29,6 +29,7 @@ from model import PRESETS, ModelConfig
 from objectives import OBJECTIVES
 from optim import OptimConfig
 from run import Run, UserError, load_tensors, main
+from scaling import exact_flops
 from train import Train, Training, complete, loop, parse, stored
 
 TINY = [
@@ -266,6 +267,31 @@ def test_every_objective_is_learnt_and_its_run_writes(folder, name, arch):
         answer = out.removeprefix(prompt)
         assert "ab" in answer or "ba" in answer
         assert ("<extra_id_0>" in answer) == (name in ("spans", "ul2"))
+
+
+def training_of(name, arch):
+    config = replace(EACH, objective=name, model=replace(EACH.model, arch=arch, context=48))
+    special = OBJECTIVES[name].special
+    corpus = prepare(config.data, config.tokenizer, special=special)
+    return Training(complete(config, corpus.tokenizer.vocab_size), corpus)
+
+
+@pytest.mark.parametrize("name, arch", PAIRS)
+def test_what_is_asked_of_held_out_text_stays_the_same(folder, name, arch):
+    training = training_of(name, arch)
+    first = training.held_out()
+    training.step += 7
+    training.rows.take(3)
+    assert training.held_out() == first
+
+
+@pytest.mark.parametrize("name, arch", PAIRS)
+def test_the_operations_of_an_update_are_those_of_its_rows(folder, name, arch):
+    training = training_of(name, arch)
+    c, batch = training.config, training.batch(training.rows.take(2), "objective", 0)
+    S = 0 if batch.source is None else batch.source.shape[1]
+    each = exact_flops(c.model, batch.inputs.shape[1], source=S)
+    assert training.flops == c.accumulate * c.batch * each
 
 
 def test_the_same_command_gives_the_same_bits(folder):
