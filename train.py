@@ -6,7 +6,7 @@ times; after each guess move its weights a little towards what it should have sa
 Run: python train.py                      Python's own documentation, a million weights, a few
 minutes
      python train.py --data.path book.txt --steps 3000
-     python train.py --model.arch encoder --objective masked     a small BERT; encdec, spans: a T5
+     python train.py --model.arch encdec --objective spans     a small T5; encoder, masked: a BERT
      python train.py --resume             go on where the newest run was stopped
      python train.py --help               every setting
 
