@@ -47,7 +47,7 @@ from dedup import SPLIT, clusters, first_copies, shared_spans, split_by_cluster,
 from documents import Document, Problem, files_of, python_files, read
 from objectives import IGNORE
 from packing import Mixture, Part, Shards, ShardWriter
-from run import RUNS, UserError, main, read_sealed, write_sealed
+from run import RUNS, UserError, main, picture, read_sealed, write_sealed
 from tokenizer import KINDS, load
 from vocabulary import END_OF_TEXT, Tokenizer
 
@@ -453,27 +453,20 @@ def funnel(steps: list[Step]) -> str:
 
 def draw_funnel(steps: list[Step], path: Path) -> Path:
     """The megabytes that each step left, and what it took."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     left = [step.bytes / 1e6 for step in steps]
     before = [max(one, two) for one, two in zip(left, [left[0], *left], strict=False)]
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.55 * len(steps)), constrained_layout=True)
-    axes.barh(range(len(steps)), before, color="#d9d9d9", label="before")
-    axes.barh(range(len(steps)), left, color="#1f4e8c", label="after")
-    for i, (step, x) in enumerate(zip(steps, before, strict=True)):
-        dropped = sum(step.dropped.values())
-        axes.text(x, i, f"  {step.documents:,} documents, {dropped:,} dropped or cut", va="center")
-    axes.set(yticks=range(len(steps)), yticklabels=[step.name for step in steps],
-             xlabel="megabytes of text", xlim=(0, 1.6 * max(*before, 1e-6)))  # fmt: skip
-    axes.invert_yaxis()
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with picture(path, size=(8, 0.6 + 0.55 * len(steps))) as (axes,):
+        axes.barh(range(len(steps)), before, color="#d9d9d9", label="before")
+        axes.barh(range(len(steps)), left, color="#1f4e8c", label="after")
+        for i, (step, x) in enumerate(zip(steps, before, strict=True)):
+            dropped = sum(step.dropped.values())
+            said = f"  {step.documents:,} documents, {dropped:,} dropped or cut"
+            axes.text(x, i, said, va="center")
+        axes.set(yticks=range(len(steps)), yticklabels=[step.name for step in steps],
+                 xlabel="megabytes of text", xlim=(0, 1.6 * max(*before, 1e-6)))  # fmt: skip
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
     return path
 
 

@@ -495,13 +495,34 @@ def plain(tensors: Tensors) -> Tensors:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def plot_loss(run: Run, lzma: float | None = None) -> Path:
-    """loss.png: bits per byte over the steps, training and held out; nats where that has none."""
+@contextmanager
+def picture(path: Path, columns: int = 1, size: tuple[float, float] = (8, 4.5)) -> Iterator[list]:
+    """Pairs of axes beside each other, to draw on; in the end a PNG, written whole or not at all.
+
+    matplotlib is imported here, since it takes its time and most commands draw nothing.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    figure, axes = plt.subplots(1, columns, figsize=size, constrained_layout=True, squeeze=False)
+    for each in axes[0]:
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    try:
+        yield list(axes[0])
+        made = io.BytesIO()
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # unknown letters
+            figure.savefig(made, dpi=130)
+    finally:
+        plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, made.getvalue())
+
+
+def plot_loss(run: Run, lzma: float | None = None) -> Path:
+    """loss.png: bits per byte over the steps, training and held out; nats where that has none."""
     rows = run.metrics()
     in_bits = any("train_bits_per_byte" in r for r in rows)
     names = ("train_bits_per_byte", "bits_per_byte") if in_bits else ("loss", "held_out_loss")
@@ -509,34 +530,32 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
         [(r["step"], x) for r in rows if isinstance(x := r.get(name), float) and 0 <= x < math.inf]
         for name in names
     )
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    if train:
-        steps, values = zip(*train, strict=True)
-        axes.plot(steps, values, color="#9db7d5", linewidth=0.8, label="training, each step")
-        axes.plot(steps, smooth(values), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
-    if held:
-        steps, values = zip(*held, strict=True)
-        axes.plot(
-            steps, values, "o-", color="#c8442d", markersize=4, linewidth=1.2, label="held out"
-        )
-        axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points",
-                      xytext=(0, -14), ha="center", color="#c8442d")  # fmt: skip
-    if lzma is not None and in_bits:
-        axes.axhline(lzma, color="#777777", linestyle="--", linewidth=1, label="held out, by lzma")
-    low = min([value for _, value in train + held], default=0)
-    axes.set(xlabel="step", ylabel="bits per byte" if in_bits else "nats per token asked",
-             ylim=(0.9 * low, None))  # fmt: skip
-    axes.set_title(run.folder.name, parse_math=False)
-    axes.set_ylim(top=min(axes.get_ylim()[1], 8))
-    axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    path, picture = run.folder / "loss.png", io.BytesIO()
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a letter without a form
-        figure.savefig(picture, dpi=130)
-    plt.close(figure)
-    with run.writing(path):
-        write_whole(path, picture.getvalue())
+    path = run.folder / "loss.png"
+    with run.writing(path), picture(path) as (axes,):
+        if train:
+            steps, values = zip(*train, strict=True)
+            axes.plot(steps, values, color="#9db7d5", linewidth=0.8, label="training, each step")
+            axes.plot(
+                steps, smooth(values), color="#1f4e8c", linewidth=1.8, label="training, smoothed"
+            )
+        if held:
+            steps, values = zip(*held, strict=True)
+            axes.plot(
+                steps, values, "o-", color="#c8442d", markersize=4, linewidth=1.2, label="held out"
+            )
+            axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points",
+                          xytext=(0, -14), ha="center", color="#c8442d")  # fmt: skip
+        if lzma is not None and in_bits:
+            axes.axhline(
+                lzma, color="#777777", linestyle="--", linewidth=1, label="held out, by lzma"
+            )
+        low = min([value for _, value in train + held], default=0)
+        axes.set(xlabel="step", ylabel="bits per byte" if in_bits else "nats per token asked",
+                 ylim=(0.9 * low, None))  # fmt: skip
+        axes.set_title(run.folder.name, parse_math=False)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 8))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
     return path
 
 

@@ -21,7 +21,6 @@ keys.
 """
 
 import ctypes
-import io
 import sys
 import time
 from collections import defaultdict
@@ -40,7 +39,7 @@ from tqdm import tqdm
 from kernels.attention import attend, attend_obvious
 from kernels.mask import Mask
 from performer import Performer
-from run import RUNS, UserError, generator, main, write_whole
+from run import RUNS, UserError, generator, main, picture
 
 # --- patterns -------------------------------------------------------------------------------------
 
@@ -244,44 +243,30 @@ def show(costs: dict[tuple[str, int], Cost]) -> None:
         print(f"{name:>14}  time {seconds / most_time:.3f}{more}, memory {size / most_memory:.3f}")
 
 
-def draw(costs: dict[tuple[str, int], Cost], config: Settings) -> bytes:
+def draw(costs: dict[tuple[str, int], Cost], config: Settings, path: Path) -> None:
     """Two pictures, time and memory over T, both axes in powers of 2."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, both = plt.subplots(1, 2, figsize=(11, 4.8), constrained_layout=True)
-    for column, (axes, label, unit) in enumerate(
-        zip(
-            both,
-            ("milliseconds of one processor", "megabytes beyond q, k and v"),
-            (1e-3, 1e6),
-            strict=True,
+    kinds = (("milliseconds of one processor", 1e-3), ("megabytes beyond q, k and v", 1e6))
+    with picture(path, 2, (11, 4.8)) as both:
+        for column, (axes, (label, unit)) in enumerate(zip(both, kinds, strict=True)):
+            for name, color in COLORS.items():
+                lengths = sorted(T for n, T in costs if n == name)
+                values = [max(costs[name, T][column] / unit, 0.1) for T in lengths]
+                style = "o--" if "SDPA" in name else "o-"
+                axes.plot(lengths, values, style, color=color, markersize=3.5, label=name)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set(xlabel="tokens", ylabel=label)
+        both[0].legend(frameon=False)
+        passes = "forward" + " and backward" * config.backward
+        both[0].figure.suptitle(
+            f"Causal attention, {passes}: {config.heads} heads of {config.head_dim}, "
+            f"window {config.window}, {config.features} features"
         )
-    ):
-        for name, color in COLORS.items():
-            lengths = sorted(T for n, T in costs if n == name)
-            values = [max(costs[name, T][column] / unit, 0.1) for T in lengths]
-            style = "o--" if "SDPA" in name else "o-"
-            axes.plot(lengths, values, style, color=color, markersize=3.5, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel="tokens", ylabel=label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    both[0].legend(frameon=False)
-    passes = "forward" + " and backward" * config.backward
-    figure.suptitle(f"Causal attention, {passes}: {config.heads} heads of {config.head_dim}, "
-                    f"window {config.window}, {config.features} features")  # fmt: skip
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
-    return picture.getvalue()
 
 
 def script() -> None:
@@ -291,8 +276,7 @@ def script() -> None:
     torch.set_num_threads(1)  # then processor time is time, whatever else the machine does
     print(config)
     show(costs := measure(config))
-    RUNS.mkdir(exist_ok=True)
-    write_whole(path := RUNS / "attention_cost.png", draw(costs, config))
+    draw(costs, config, path := RUNS / "attention_cost.png")
     print(f"\npicture: {path}")
 
 

@@ -24,7 +24,6 @@ Korean Voice Search", and Devlin et al. 2018, BERT (arXiv 1810.04805), for WordP
 unigram models (arXiv 1804.10959); Bostrom and Durrett 2020 (arXiv 2004.03720) compare two.
 """
 
-import io
 import json
 import random
 import time
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 from bpe import BPE, count_pieces
 from merges import learn_merges
-from run import RUNS, UserError, main, write_whole
+from run import RUNS, UserError, main, picture
 from unigram import SentencePiece, Unigram
 from vocabulary import Token, Tokenizer
 from wordpiece import WordPiece
@@ -234,32 +233,21 @@ def train_all(
     return made
 
 
-def draw_compression(rows: Sequence[Measured]) -> bytes:
+def draw_compression(rows: Sequence[Measured], path: Path) -> None:
     """A picture: bytes per token over the size of the vocabulary, a line for each kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for name, color in zip(KINDS, ("#1f4e8c", "#c8442d", "#2f8f5b"), strict=True):
-        line = sorted({(row.vocab_size, row.bytes) for row in rows if row.name == name})
-        sizes, values = zip(*line, strict=True)
-        axes.plot(sizes, values, "o-", color=color, markersize=4, linewidth=1.6, label=name)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="tokens in the vocabulary", ylabel="bytes per token",
-             title="Python's manual, topics held out; a line ends when all is learnt")  # fmt: skip
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
-    return picture.getvalue()
+    with picture(path) as (axes,):
+        for name, color in zip(KINDS, ("#1f4e8c", "#c8442d", "#2f8f5b"), strict=True):
+            line = sorted({(row.vocab_size, row.bytes) for row in rows if row.name == name})
+            sizes, values = zip(*line, strict=True)
+            axes.plot(sizes, values, "o-", color=color, markersize=4, linewidth=1.6, label=name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="tokens in the vocabulary", ylabel="bytes per token",
+                 title="Python's manual, held-out topics; a line ends when all is learnt")  # fmt: skip
+        axes.legend(frameon=False)
 
 
 def script() -> None:
@@ -284,7 +272,7 @@ def script() -> None:
     rows = [row for of_size in made.values() for _, row in of_size.values()]
     RUNS.mkdir(exist_ok=True)
     path = RUNS / "tokenizers.png"
-    write_whole(path, draw_compression(rows))
+    draw_compression(rows, path)
     print(f"\npicture: {path}")
 
 
