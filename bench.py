@@ -44,7 +44,7 @@ from model import (
     preset_in,
 )  # fmt: skip
 from objectives import Batch
-from optim import OPTIMIZERS, OptimConfig
+from optim import OptimConfig, build
 from pieces import SPLIT_PATTERNS
 from run import UserError, generator, main
 from scaling import exact_flops
@@ -214,8 +214,9 @@ def sides(config: Bench, device: torch.device) -> dict[str, Callable[[], None]]:
 
     def ours(dtype: torch.dtype) -> Callable[[], None]:
         model = Transformer(config.model).to(device)
-        optimizer = OPTIMIZERS["adamw"](model.named_parameters(), OptimConfig("adamw"), dtype)
-        return lambda: (update(model, [batch], optimizer, 1e-3, 1.0, dtype), wait())
+        how = OptimConfig("adamw")
+        optimizer = build(model.named_parameters(), how, dtype)
+        return lambda: (update(model, [batch], optimizer, 1e-3, how, dtype), wait())
 
     def plain(dtype: torch.dtype) -> Callable[[], None]:
         model = PlainTransformer(Transformer(config.model)).to(device)

@@ -293,10 +293,12 @@ class Run:
 
     # --- checkpoints
 
-    def save(self, step: int, model: Tensors, state: Tensors, info: dict) -> Path:
+    def save(self, step: int, model: Tensors, state: Tensors, info: dict, every: int = 1) -> Path:
         """Write checkpoints/step-<step>, whole or not at all; only then drop old ones.
 
-        A later one goes, too: it was damaged, or the run would have gone on from it.
+        Beside it the newest KEEP of the steps 0, every, 2·every … stay: what is kept must not
+        depend on when somebody stopped the run. A later one goes, too: it was damaged, or the run
+        would have gone on from it.
         """
         final = self.folder / "checkpoints" / f"step-{step:06d}"
         if damage(final) is None:  # stopped just after it was resumed
@@ -320,8 +322,9 @@ class Run:
         finally:
             shutil.rmtree(draft, ignore_errors=True)  # frees a full disk
         found = self.checkpoints()
-        older = found[found.index(final) + 1 :]
-        kept = {final, *islice((p for p in older if damage(p) is None), KEEP - 1)}
+        older = (p for p in found[found.index(final) + 1 :] if step_of(p) % every == 0)
+        more = KEEP - (step % every == 0)
+        kept = {final, *islice((p for p in older if damage(p) is None), more)}
         for path in set(found) - kept:
             remove(path)
         return final
@@ -333,7 +336,7 @@ class Run:
             names = [name for name in os.listdir(place) if re.fullmatch(r"step-[0-9]{6,}", name)]
         except OSError as error:
             raise UserError(f"cannot read {place}: {error.strerror}") from None
-        return sorted((place / name for name in names), key=number, reverse=True)
+        return sorted((place / name for name in names), key=step_of, reverse=True)
 
     def newest(self) -> Path:
         """The newest checkpoint that is what its manifest says; what is passed over is told."""
@@ -355,7 +358,7 @@ def damage(checkpoint: Path) -> str | None:
         for name in ("model.safetensors", "train_state.safetensors", "train_state.json"):
             if manifest[name] != digest(checkpoint / name):
                 return f"{name} is not what manifest.json says"
-        if (step := json.loads((checkpoint / name).read_bytes())["step"]) != number(checkpoint):
+        if (step := json.loads((checkpoint / name).read_bytes())["step"]) != step_of(checkpoint):
             return f"it is that of step {short(step)}"
     except PermissionError as error:  # whole, perhaps, and so not to be passed over
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
@@ -366,7 +369,7 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def number(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 

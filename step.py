@@ -1,29 +1,39 @@
 """One update: from micro-batches to gradients to new weights, and what the machine makes of it.
 
 Idea: the loss of a step is the sum over all its tokens divided by their number, however they are
-cut into micro-batches; then one clip of the whole gradient, then one move of the optimizer.
+cut into micro-batches; then one clip of the whole gradient, then one move of the optimizer. What
+is no number moves nothing.
 
 Run: python -m pytest tests/test_step.py
+     python step.py runs/<name>/replay-<step>.safetensors     a step that was no number, again
 
 Papers: Pascanu et al. 2013, clipping (arXiv 1211.5063); Micikevicius et al. 2018, mixed precision
 (arXiv 1710.03740); Kalamkar et al. 2019, bfloat16 (arXiv 1905.12322).
 """
 
+import json
+import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy
 from kernels.mask import Mask
-from model import Transformer
+from model import ModelConfig, Transformer
 from objectives import IGNORE, Batch
-from run import UserError
+from optim import OptimConfig, Optimizer
+from run import UserError, load_tensors, main, plain, settings, write_whole
 
 # --- the update -----------------------------------------------------------------------------------
 
@@ -41,47 +51,153 @@ def loss_sum(model: Transformer, batch: Batch, dtype: torch.dtype | None = None)
 
 
 def accumulate(
-    model: Transformer, batches: list[Batch], dtype: torch.dtype | None = None
+    model: Transformer, batches: list[Batch], dtype: torch.dtype | None = None, scale: float = 1.0
 ) -> tuple[float, int]:
-    """Add the gradient of the mean loss over all tokens of all batches; (that loss, their number).
+    """Add `scale` times the gradient of the mean loss over all tokens of all batches.
 
-    The mean is over tokens, not over batches: one with few targets weighs little.
+    Returns (that loss, the number of tokens). The mean is over tokens, not over batches: one with
+    few targets weighs little.
     """
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
         loss = loss_sum(model, batch, dtype) / max(1, tokens)
-        loss.backward()
+        (loss * scale).backward()
         total += loss.item()
     return total, tokens
 
 
-def clip_by_norm(parameters: Iterable[Tensor], largest: float) -> float:
-    """g ← g · min(1, largest/‖g‖), all gradients as one; returns ‖g‖ (Pascanu et al., alg. 1).
+def clip(
+    parameters: Iterable[Tensor], largest: float, by: str = "norm", scale: float = 1.0
+) -> float:
+    """Divide gradients by `scale`, then make them small enough; returns their norm ‖g‖ in between.
 
-    largest = 0 clips nothing.
+    norm   g ← g · min(1, largest/‖g‖), all gradients as one (Pascanu et al. 2013, algorithm 1)
+    value  each number of g to the nearest in −largest … largest
+    Where largest is 0 or the norm no number, nothing is clipped.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(g) for g in grads])
-    ).item()
-    if 0 < largest < norm:
-        for g in grads:
-            g.mul_(largest / norm)
+    norms = torch._foreach_norm(grads)
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
+    norm, factor = norm / scale, 1 / scale
+    if by == "norm" and 0 < largest < norm < math.inf:
+        factor *= largest / norm
+    if factor != 1:
+        torch._foreach_mul_(grads, factor)
+    if by == "value" and largest > 0:
+        torch._foreach_clamp_min_(grads, -largest)
+        torch._foreach_clamp_max_(grads, largest)
     return norm
 
 
+class LossScale:
+    """What the loss is multiplied by before backward, and the gradient divided by behind it.
+
+    In fp16 numbers below 6·10⁻⁸ are 0, and so would many gradients be. A power of 2 changes no
+    other bit. It halves at each overflow, whose update is skipped, and doubles after `patience`
+    updates without one (Micikevicius et al. 2018, section 3.2).
+    """
+
+    def __init__(self, scale: float = 2.0**16, patience: int = 1000):
+        self.scale, self.patience, self.good = scale, patience, 0
+
+    def after(self, finite: bool) -> None:
+        """Adapt to an update whose gradients were all numbers, or not."""
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good == self.patience:
+            self.scale, self.good = self.scale * 2, 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both numbers, for a checkpoint."""
+        return {"loss_scale": torch.tensor([self.scale, self.good], dtype=torch.float64)}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.scale, good = tensors["loss_scale"].tolist()
+        self.good = int(good)
+
+
+class NotFinite(UserError):
+    """A loss, a gradient or a weight that is no number; the weights before it are as they were."""
+
+
+class Update(NamedTuple):
+    """What one step was made of."""
+
+    loss: float  # mean over the tokens, in nats
+    tokens: int
+    norm: float  # of the gradient, before clipping
+    moved: bool  # False where fp16 overflowed: nothing has changed but the loss scale
+
+
 def update(
-    model: Transformer, batches: list[Batch], optimizer, lr: float, clip: float,
-    dtype: torch.dtype | None = None,
-) -> tuple[float, int, float]:  # fmt: skip
-    """One step: (mean loss in nats per token, tokens, gradient norm before clipping)."""
+    model: Transformer, batches: list[Batch], optimizer: Optimizer, lr: float, config: OptimConfig,
+    dtype: torch.dtype | None = None, scale: LossScale | None = None,
+) -> Update:  # fmt: skip
+    """One step; NotFinite, and no weight has moved, if loss or gradient are no numbers."""
     for p in model.parameters():
         p.grad = None
-    loss, tokens = accumulate(model, batches, dtype)
-    norm = clip_by_norm(model.parameters(), clip)
-    optimizer.step(lr)
-    return loss, tokens, norm
+    factor = scale.scale if scale else 1.0
+    loss, tokens = accumulate(model, batches, dtype, factor)
+    norm = clip(model.parameters(), config.clip, config.clip_by, factor)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    elif scale is None or factor < 1 or not math.isfinite(loss):
+        raise NotFinite(whose_fault(model, batches, dtype, loss))
+    if scale:
+        scale.after(finite)
+    return Update(loss, tokens, norm, finite)
+
+
+def whose_fault(
+    model: Transformer, batches: list[Batch], dtype: torch.dtype | None, loss: float
+) -> str:
+    """Words for the first thing that is no number: a weight, what a layer computes, a gradient."""
+    if name := first_bad(model.named_parameters()):
+        return f"the weight {name} is not finite"
+    if not math.isfinite(loss):
+        for number, batch in enumerate(batches):
+            if name := first_bad_layer(model, batch, dtype):
+                return f"what {name} computes from batch {number} is not finite"
+        return f"the loss is {loss}, though all that the layers compute is finite"
+    grads = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+    if name := first_bad(grads):
+        return f"the gradient of {name} is not finite, the loss is {loss:.3f}"
+    return (
+        f"the norm of the gradient is not finite, though each gradient is; the loss is {loss:.3f}"
+    )
+
+
+def first_bad(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first that holds a number which is not finite."""
+    return next((name for name, x in tensors if not torch.isfinite(x).all()), None)
+
+
+@torch.no_grad()
+def first_bad_layer(model: Transformer, batch: Batch, dtype: torch.dtype | None) -> str | None:
+    """The name of the first module of a forward pass whose output is not finite."""
+    bad: list[str] = []
+
+    def look(name: str, output: object) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        if not all(torch.isfinite(x).all() for x in parts if isinstance(x, Tensor)):
+            bad.append(name)
+
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        loss_sum(model, batch, dtype)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad[0] if bad else None
 
 
 @torch.no_grad()
@@ -98,6 +214,51 @@ def evaluate(
 
 def to(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(field.to(device, non_blocking=True) for field in batch))
+
+
+# --- a step again ---------------------------------------------------------------------------------
+
+
+def write_replay(
+    path: Path, model: Transformer, batches: list[Batch], dtype: torch.dtype | None
+) -> None:
+    """A file of weights and batches, with which `replay` does the same step again."""
+    tensors = {f"model/{name}": x for name, x in model.state_dict().items()}
+    for number, batch in enumerate(batches):
+        fields = ((name, x) for name, x in vars(batch).items() if x is not None)
+        tensors |= {f"batch/{number}/{name}": x for name, x in fields}
+    about = {"model": json.dumps(asdict(model.config)), "dtype": str(dtype or torch.float32)}
+    write_whole(path, save(plain(tensors), about))
+
+
+def replay(path: Path) -> str:
+    """What was no number in the step that a file of `write_replay` holds, in words."""
+    tensors = load_tensors(path)
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    try:
+        config = settings(ModelConfig, json.loads(about["model"]), str(path))
+        dtype = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}[about["dtype"]]
+    except (LookupError, ValueError):
+        raise UserError(f"{path} is not a file that train.py left of a step") from None
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        kind, _, rest = name.partition("/")
+        group, _, field = rest.partition("/") if kind == "batch" else (kind, "", rest)
+        parts.setdefault(group, {})[field] = x
+    weights = parts.pop("model", {})
+    model = Transformer(config, seed=None)
+    try:
+        model.load_state_dict(weights)
+        batches = [Batch(**parts[key]) for key in sorted(parts, key=int)]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit together: {str(error).splitlines()[0]}") from None
+    loss, tokens = accumulate(model, batches, dtype)
+    norm = clip(model.parameters(), 0.0)
+    said = f"{len(batches)} batches, {tokens:,} tokens: loss {loss:.4f}, gradient's norm {norm:.4g}"
+    if math.isfinite(loss) and math.isfinite(norm):
+        return f"{said}; all is finite"
+    return f"{said}; {whose_fault(model, batches, dtype, loss)}"
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -121,7 +282,9 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the processor multiplies it natively, else float32."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise UserError(f"{machine(device)} does not multiply bfloat16: give --dtype float16")
+        return getattr(torch, name)
     if device.type == "cuda":
         pays = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -184,3 +347,13 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
+
+
+def script() -> None:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise UserError("give the file that train.py left of a step: python step.py FILE")
+    print(replay(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main(script)

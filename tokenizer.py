@@ -246,7 +246,7 @@ def draw_compression(rows: Sequence[Measured], path: Path) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="tokens in the vocabulary", ylabel="bytes per token",
-                 title="Python's manual, held-out topics; a line ends when all is learnt")  # fmt: skip
+                 title="unseen pages of the manual; a line ends when all is learnt")  # fmt: skip
         axes.legend(frameon=False)
 
 
