@@ -100,6 +100,34 @@ def adamw(p, grads, lr, beta1, beta2, eps, decay):
     return p
 
 
+def sgd(p, grads, lr, momentum, decay):
+    """All updates of an array, one number at a time: m ← μm + g + decay·p, p ← p − lr·m."""
+    p = p.copy()
+    for i in np.ndindex(p.shape):
+        m = 0.0
+        for g in grads:
+            m = momentum * m + g[i] + decay * p[i]
+            p[i] -= lr * m
+    return p
+
+
+def adafactor(p, grads, lr, decay):
+    """All updates of an array by algorithms 4 and 5 of Shazeer and Stern 2018, number by number."""
+    p, sums = p.copy(), np.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        kept = 1 - t**-0.8
+        sums = kept * sums + (1 - kept) * (g**2 + 1e-30)
+        U, alpha = np.zeros_like(p), lr * max(1e-3, math.sqrt(np.mean(p**2)))
+        for i in np.ndindex(p.shape):
+            V = sums[i]
+            if p.ndim == 2:  # R Cᵀ/(1ᵀR) of sums over columns and rows
+                V = sums[i[0]].sum() * sums[:, i[1]].sum() / sums.sum()
+            U[i] = g[i] / math.sqrt(V)
+        U /= max(1.0, math.sqrt(np.mean(U**2)))
+        p = p - alpha * (U + decay * p)
+    return p
+
+
 def orthogonal_factor(G):
     """U Vᵀ of the singular value decomposition G = U S Vᵀ."""
     U, _, V = np.linalg.svd(G, full_matrices=False)
