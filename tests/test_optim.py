@@ -236,11 +236,9 @@ def test_muon_is_torch_s_as_far_as_bfloat16_tells():
     grads = gradients_for(ours, 3, 3)
     train(Muon(ours.values(), 0.02, weight_decay=0.1, dtype=torch.float64), ours, grads)
     other = torch.optim.Muon(theirs.values(), 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
-    before = {n: p.detach().clone() for n, p in named(3).items()}
     train(other, theirs, grads)
     for name in ours:
         assert (ours[name] - theirs[name]).norm() < 0.02 * 0.02 * 3 * ours[name].numel() ** 0.5
-    assert before
 
 
 def test_muon_refuses_what_is_no_matrix():
@@ -289,12 +287,11 @@ def test_every_kind_is_a_torch_optimizer_whose_rate_a_scheduler_may_set():
         assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
+shares = st.floats(0, 1)
 ENDS_HIGH = {"constant", "inverse_sqrt"}
 
 
-@given(
-    st.sampled_from(sorted(SCHEDULES)), st.integers(1, 300), st.floats(0.01, 0.8), st.floats(0, 1)
-)
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 300), st.floats(0.01, 0.8), shares)
 def test_the_rate_rises_to_its_top_and_falls_to_its_end(schedule, steps, warmup, final):
     config = OptimConfig(schedule=schedule, warmup=warmup, final=final, lr=2.0)
     rates = [learning_rate(config, step, steps) for step in range(steps + 1)]

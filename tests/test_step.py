@@ -9,24 +9,30 @@ import torch
 from helpers import array, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import kernels.cross_entropy as ce
 from bench import PlainTransformer
 from kernels.cross_entropy import IGNORE, cross_entropy, cross_entropy_obvious
 from model import PRESETS, ModelConfig, Transformer
 from objectives import Batch
-from optim import OPTIMIZERS, OptimConfig
-from run import UserError
+from optim import KINDS, OptimConfig, build
+from run import UserError, load_tensors
 from step import (
+    LossScale,
+    NotFinite,
     accumulate,
-    clip_by_norm,
+    clip,
     cpu_flags,
     evaluate,
     loss_sum,
     matmul_peak,
     pick_device,
     pick_dtype,
+    replay,
     update,
+    write_replay,
 )  # fmt: skip
 
 size = st.integers(1, 9)
@@ -130,7 +136,7 @@ def test_clipping_keeps_the_direction_and_bounds_the_length(seed, largest):
     for p in params[:2]:  # the third has no gradient
         p.grad = p.detach() * 3
     before = torch.cat([p.grad.flatten() for p in params[:2]])
-    norm = clip_by_norm(params, largest)
+    norm = clip(params, largest)
     after = torch.cat([p.grad.flatten() for p in params[:2]])
     assert norm == pytest.approx(before.norm().item())
     assert_close(after, before * min(1, largest / norm), 1e-12)
@@ -140,7 +146,7 @@ def test_clipping_is_torch_s():
     params, twins = normals(0, (3, 4), (5,)), normals(0, (3, 4), (5,))
     for p in (*params, *twins):
         p.grad = p.detach().clone()
-    clip_by_norm(params, 1.0)
+    clip(params, 1.0)
     torch.nn.utils.clip_grad_norm_(twins, 1.0)
     for p, q in zip(params, twins, strict=True):
         assert_close(p.grad, q.grad, 1e-6)  # torch adds 1e-6 to the norm
@@ -149,15 +155,140 @@ def test_clipping_is_torch_s():
 def test_clipping_by_zero_is_no_clipping():
     (p,) = normals(0, (100,))
     p.grad = p.detach() * 100
-    assert clip_by_norm([p], 0.0) > 100 and torch.equal(p.grad, p.detach() * 100)
+    assert clip([p], 0.0) > 100 and torch.equal(p.grad, p.detach() * 100)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@given(seeds, st.floats(0.01, 3), st.sampled_from([1.0, 2.0**10]))
+def test_clipping_by_value_is_of_each_number_and_torch_s(seed, largest, scale):
+    params, twins = normals(seed, (3, 4), (5,)), normals(seed, (3, 4), (5,))
+    for p, q in zip(params, twins, strict=True):
+        p.grad, q.grad = p.detach() * scale, q.detach().clone()
+    whole = torch.cat([q.grad.flatten() for q in twins]).norm().item()
+    assert clip(params, largest, "value", scale) == pytest.approx(whole)
+    torch.nn.utils.clip_grad_value_(twins, largest)
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+RATES = {"sgd": 0.3, "adafactor": 0.1}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_updates_learn_a_row_by_heart(name):
     model, batch = Transformer(SMALL), batch_for(0, 1)
-    optimizer = OPTIMIZERS[name](model.named_parameters(), OptimConfig(name), torch.float32)
-    losses = [update(model, [batch], optimizer, 0.01, 1.0)[0] for _ in range(60)]
-    assert losses[0] == pytest.approx(np.log(11), rel=0.2) and losses[-1] < 0.05
+    config = OptimConfig(name)
+    optimizer, lr = build(model.named_parameters(), config), RATES.get(name, 0.01)
+    losses = [update(model, [batch], optimizer, lr, config).loss for _ in range(60)]
+    assert losses[0] == pytest.approx(np.log(11), rel=0.2) and losses[-1] < 0.1
+
+
+# --- fp16 -----------------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(-3, 20))
+def test_a_scaled_loss_gives_the_gradient_of_an_unscaled_one(seed, power):
+    """In fp32 bit for bit: a power of 2 changes exponents only."""
+    grads = []
+    for scale in (1.0, 2.0**power):
+        model = double_model(seed).float()
+        accumulate(model, [batch_for(seed, 2), batch_for(seed + 1, 1)], None, scale)
+        norm = clip(model.parameters(), 0.0, "norm", scale)
+        grads.append((norm, [p.grad for p in model.parameters()]))
+    assert grads[0][0] == grads[1][0]
+    assert all(map(torch.equal, grads[0][1], grads[1][1]))
+
+
+def test_gradients_too_small_for_fp16_are_there_with_a_scale():
+    def gradient(dtype, scale):
+        model = double_model(2).float()
+        loss = loss_sum(model, batch_for(0, 2), dtype) * 1e-7  # as in a mean over many tokens
+        (loss * scale).backward()
+        return torch.cat([p.grad.flatten() / scale for p in model.parameters()])
+
+    want, lost, kept = gradient(None, 1), gradient(torch.float16, 1), gradient(torch.float16, 2**16)
+    assert (lost - want).norm() > 0.1 * want.norm()
+    assert (kept - want).norm() < 0.01 * want.norm()
+
+
+def test_the_scale_halves_at_an_overflow_and_doubles_after_patience():
+    scale, seen = LossScale(8.0, patience=3), []
+    for finite in (True, True, False, True, True, True, True, True, False):
+        scale.after(finite)
+        seen.append(scale.scale)
+    assert seen == [8, 8, 4, 4, 4, 8, 8, 8, 4]
+    twin = LossScale()
+    twin.load_tensors(scale.tensors())
+    assert (twin.scale, twin.good) == (scale.scale, scale.good)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_step_that_overflows_moves_nothing_but_the_scale(name):
+    model, config, scale = Transformer(SMALL), OptimConfig(name), LossScale(2.0**60)
+    optimizer = build(model.named_parameters(), config)
+    before = [x.clone() for x in (*model.state_dict().values(), *optimizer.tensors().values())]
+    made = update(model, [batch_for(0, 1)], optimizer, 0.1, config, torch.float16, scale)
+    after = [*model.state_dict().values(), *optimizer.tensors().values()]
+    assert not made.moved and scale.scale == 2.0**59 and all(map(torch.equal, before, after))
+    while not made.moved:
+        made = update(model, [batch_for(0, 1)], optimizer, 0.1, config, torch.float16, scale)
+    assert made.norm < np.inf and not torch.equal(before[0], [*model.state_dict().values()][0])
+
+
+# --- what is no number ----------------------------------------------------------------------------
+
+
+def spoil(model, where):
+    """Make one thing of a step no number, and say how it must be named."""
+    with torch.no_grad():
+        if where == "weight":
+            model.layers[1].ffn.up.weight[2, 3] = np.nan
+            return "the weight layers.1.ffn.up.weight is not finite"
+        if where == "layer":
+            model.layers[1].ffn.up.weight.fill_(3e38)
+            return "what layers.1.ffn.up computes from batch 0 is not finite"
+        for name, p in model.named_parameters():  # a finite loss of logits that are 0
+            p.fill_(0.0 if name == "embedding" else 1e38)
+    return "the gradient of embedding is not finite"
+
+
+@pytest.mark.parametrize("where", ["weight", "layer", "gradient"])
+def test_what_is_no_number_is_named_moves_nothing_and_is_seen_again(where, tmp_path):
+    model, config = Transformer(SMALL), OptimConfig("adamw")
+    optimizer, batches = build(model.named_parameters(), config), [batch_for(i, 1) for i in (0, 1)]
+    said = spoil(model, where)
+    before = [x.clone() for x in (*model.state_dict().values(), *optimizer.tensors().values())]
+    with pytest.raises(NotFinite, match=said):
+        update(model, batches, optimizer, 0.1, config)
+    after = [*model.state_dict().values(), *optimizer.tensors().values()]
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    write_replay(path := tmp_path / "step.safetensors", model, batches, None)
+    assert said in replay(path)
+
+
+def test_a_replay_of_a_good_step_says_so(tmp_path):
+    model, batches = Transformer(SMALL), [batch_for(i, 2) for i in (0, 1)]
+    write_replay(path := tmp_path / "step.safetensors", model, batches, torch.bfloat16)
+    loss, _ = accumulate(model, batches, torch.bfloat16)
+    assert f"loss {loss:.4f}" in replay(path) and "all is finite" in replay(path)
+
+
+def test_a_file_that_is_no_replay_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot read"):
+        replay(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="is not a file that train.py left"):
+        replay(path)
+    write_replay(path, Transformer(SMALL), [batch_for(0, 1)], None)
+    tensors = load_tensors(path)
+    del tensors["batch/0/targets"]
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    save_file(tensors, path, about)
+    with pytest.raises(UserError, match="does not fit together"):
+        replay(path)
 
 
 @given(seeds, st.lists(st.integers(1, 3), min_size=1, max_size=3))
