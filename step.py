@@ -226,7 +226,7 @@ def write_replay(
     tensors = {f"model/{name}": x for name, x in model.state_dict().items()}
     for number, batch in enumerate(batches):
         fields = ((name, x) for name, x in vars(batch).items() if x is not None)
-        tensors |= {f"batch/{number}/{name}": x for name, x in fields}
+        tensors |= {f"batch/{number}/{name}": x.clone() for name, x in fields}
     about = {"model": json.dumps(asdict(model.config)), "dtype": str(dtype or torch.float32)}
     write_whole(path, save(plain(tensors), about))
 
