@@ -3,8 +3,8 @@
 Idea: now and then one batch throws a model off its course. Loss or gradient jump; the model needs
 long to recover, if it ever does. From the same checkpoint with other batches there is no spike
 (Chowdhery et al. 2022, section 5.1). So a jump is looked for in each update: a value far above the
-median of those before, measured by how far these lie from it. Then the run goes back to a
-checkpoint from before, and passes over the rows it read since shortly before the jump.
+median of those just before, measured by how far such neighbours lie apart. Then the run goes back
+to a checkpoint from before, and passes over the rows it read since shortly before the jump.
 
 A failing run is another matter: its held-out loss rises above the curve it was on. The curve is
 a + b·step⁻ᶜ, fitted to the evaluations before the last few.
@@ -18,6 +18,7 @@ deviation (doi 10.1016/j.jesp.2013.03.013); Hestness et al. 2017, the curve (arX
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -30,8 +31,10 @@ from run import UserError
 class GuardConfig:
     """What counts as a spike or a failure, and what is done about it."""
 
-    window: int = 100  # updates that a loss and a gradient are compared with; 0: no guard
-    spike: float = 12.0  # median absolute deviations above their median that make a spike
+    window: int = 50  # updates that a loss and a gradient are compared with; 0: no guard
+    spike: float = (
+        7.0  # deviations above the median that make a spike (of a norm half as many more)
+    )
     skip: int = 4  # updates whose rows are passed over: the one with the spike and those before
     patience: int = 3  # evaluations above their forecast after which a run is stopped; 0: never
 
@@ -46,21 +49,24 @@ class GuardConfig:
             raise UserError(f"--guard.patience {self.patience} must be from 0 to 1,000")
 
 
-LEAST = 20  # updates without which nothing is a spike yet
+LEAST = 20  # updates whose median counts, and without which nothing is a spike yet
 NORMAL = 1.4826  # standard deviations that a median absolute deviation is, where noise is normal
-FLOORS = {"loss": 0.02, "gradient's norm": 0.1}  # of a deviation, as a share of the value
+LIMITS = {  # least deviation, as a share of the value; limit as a multiple of `spike`
+    "loss": (0.02, 1.0),
+    "gradient's norm": (0.1, 1.5),  # whose noise has long tails
+}
 AGAIN = 3  # spikes behind one checkpoint that make it a run which diverges
 
 
 def deviations(past: Sequence[float], value: float, floor: float) -> float:
-    """How many deviations log(value) lies above the median m of log(past).
+    """How many deviations log(value) lies above the median of the last of log(past).
 
-    One deviation is 1.4826·median|log x − m|, at least `floor`.
+    One deviation is 1.4826·median|log xᵢ₊₁ − log xᵢ|/√2, at least `floor`: what neighbours differ
+    by is noise, while all of the past together also lies along a slope.
     """
     logs = [math.log(max(x, 1e-30)) for x in past]
-    middle = median(logs)
-    deviation = NORMAL * median(abs(x - middle) for x in logs)
-    return (math.log(max(value, 1e-30)) - middle) / max(deviation, floor)
+    deviation = NORMAL * median(abs(b - a) for a, b in pairwise(logs)) / math.sqrt(2)
+    return (math.log(max(value, 1e-30)) - median(logs[-LEAST:])) / max(deviation, floor)
 
 
 Made = tuple[float, float]  # of an update: its loss and its gradient's norm
@@ -74,8 +80,9 @@ def spike(config: GuardConfig, past: Sequence[Made], now: Made) -> str:
     if not config.window or len(past) < LEAST:
         return ""
     columns = zip(*past, strict=True)
-    for (what, floor), before, value in zip(FLOORS.items(), columns, now, strict=True):
-        if not math.isfinite(value) or deviations(before, value, floor) > config.spike:
+    for (what, (floor, more)), before, value in zip(LIMITS.items(), columns, now, strict=True):
+        limit = more * config.spike
+        if not math.isfinite(value) or deviations(before, value, floor) > limit:
             return f"the {what} jumped from about {median(before):.3g} to {value:.3g}"
     return ""
 

@@ -236,8 +236,8 @@ class Training:
             and read_json(path / "train_state.json")["row"] <= first
         ]  # fmt: skip
         back_to = max(earlier, default=0)
-        again = [s for s in self.skips if s.back_to == back_to]
-        if len(again) == AGAIN or (not earlier and step > 2 * every):
+        again = [s for s in self.skips if s.back_to >= back_to]
+        if len(again) >= AGAIN or (not earlier and step > 2 * every):
             raise UserError(
                 f"step {step}: {why}; this is no accident, as it is the spike number "
                 f"{len(again) + 1} behind step {back_to}: lower --optim.lr from "
@@ -304,7 +304,7 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """Beside the weights, what a checkpoint must hold in numbers."""
-        past = torch.full((max(1, self.config.guard.window), 2), math.nan, dtype=torch.float64)
+        past = torch.full((max(1, self.config.guard.window), 2), math.inf, dtype=torch.float64)
         if self.past:
             past[: len(self.past)] = torch.tensor(self.past, dtype=torch.float64)
         scale = self.scale.tensors() if self.scale else {}
@@ -372,7 +372,7 @@ class Training:
         self.optimizer.load_tensors(state)
         if self.scale:
             self.scale.load_tensors(state)
-        self.past = [(loss, norm) for loss, norm in state["past"].tolist() if loss == loss]
+        self.past = [(loss, norm) for loss, norm in state["past"].tolist() if loss < math.inf]
         self.step, self.row, self.starts = step, row, starts
         self.rows.seek(place)
 

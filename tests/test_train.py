@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,12 +20,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 import generate
 import train
 from data import DataConfig, TokenizerConfig, prepare
+from guard import GuardConfig
 from model import PRESETS, ModelConfig
 from objectives import OBJECTIVES
 from optim import OptimConfig
@@ -155,23 +157,33 @@ models = st.builds(
     bias=st.booleans(), tied=st.booleans(), qk_norm=st.booleans(),
 )  # fmt: skip
 optims = st.builds(
-    OptimConfig, name=drawn(OptimConfig, "name"), schedule=drawn(OptimConfig, "schedule"),
+    lambda **fields: OptimConfig(
+        **fields | {"warmup": 0.3} if fields["schedule"] == "inverse_sqrt" else fields
+    ),
+    name=drawn(OptimConfig, "name"), schedule=drawn(OptimConfig, "schedule"),
     warmup=st.sampled_from([0.0, 0.3]), clip=st.sampled_from([0.0, 0.1]),
+    clip_by=drawn(OptimConfig, "clip_by"),
 )  # fmt: skip
 PAIRS = [(name, arch) for name, objective in OBJECTIVES.items() for arch in objective.fits]
 
 
+def config_of(pair, kind, ramp, **fields):
+    name, arch = pair
+    fields["model"] = replace(fields["model"], arch=arch)
+    if fields["steps"] > 5 and fields["batch"] * fields["accumulate"] > 1:
+        fields["ramp_from"], fields["ramp_tokens"] = ramp, 40 * ramp
+    kind = TokenizerConfig(kind, 300 + len(OBJECTIVES[name].special))
+    return Train(objective=name, tokenizer=kind, **fields)
+
+
 configs = st.builds(
-    lambda pair, kind, **fields: Train(
-        objective=pair[0],
-        tokenizer=TokenizerConfig(kind, 300 + len(OBJECTIVES[pair[0]].special)),
-        **fields | {"model": replace(fields["model"], arch=pair[1])},
-    ),
+    config_of, ramp=st.integers(0, 1),
+    guard=st.sampled_from([GuardConfig(), GuardConfig(20, 1.0, 1, 0), GuardConfig(20, 1.0, 3, 2)]),
     pair=st.sampled_from(PAIRS), kind=drawn(TokenizerConfig, "kind"), model=models, optim=optims,
     data=st.sampled_from([DataConfig("text"), ONE, DataConfig("text", packing="plain")]),
     steps=st.integers(2, 14), batch=st.integers(1, 3), accumulate=st.integers(1, 2),
     evaluate_every=st.integers(1, 5), save_every=st.integers(1, 5), seed=st.integers(0, 9),
-    device=st.just("cpu"), dtype=st.sampled_from(["float32", "bfloat16"]),
+    device=st.just("cpu"), dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )  # fmt: skip
 
 
@@ -179,12 +191,12 @@ class Killed(BaseException):
     """As a signal: no `except Exception` sees it."""
 
 
-STOPS = ["kill", "Ctrl-C", "kill before a save", "kill after a save"]
+STOPS = ["kill", "Ctrl-C", "kill before a save", "kill after a save", "kill while going back"]
 
 
 def train_until(training, run, step, how):
     """Train up to the last step, unless it is stopped: in a certain step, or by a save after it."""
-    advance, save = training.advance, training.save
+    advance, save, load = training.advance, training.save, training.load
 
     def advance_or_stop():
         if training.step == step and how == "kill":
@@ -200,24 +212,44 @@ def train_until(training, run, step, how):
         if training.step > step and how == "kill after a save":
             raise Killed
 
-    training.advance, training.save = advance_or_stop, save_or_stop
+    def load_or_stop(run):
+        if training.step > step and how == "kill while going back":
+            raise Killed
+        load(run)
+
+    training.advance, training.save, training.load = advance_or_stop, save_or_stop, load_or_stop
     with suppress(Killed):
-        loop(training, run, 1.0)
+        return loop(training, run, 1.0)
 
 
+@patch.multiple("guard", LEAST=2, EARLY=1, LIMITS={"loss": (1e-3, 1), "gradient's norm": (1e-2, 1)})
+@patch.multiple("training", AGAIN=5)
 def check_resume(config, stops):
-    """Stopped at these steps and resumed each time, a run ends as one that was never stopped."""
+    """Stopped at these steps and resumed each time, a run ends as one that was never stopped.
+
+    Spikes are seen in few updates that differ a little, so that runs often go back.
+    """
     corpus = prepare(config.data, config.tokenizer, special=OBJECTIVES[config.objective].special)
     config = complete(config, corpus.tokenizer.vocab_size)
     ends = []
     for planned in ([], stops):
+        said = ""
         this = Run.create("", config)
         for step, how in [*planned, (0, "")]:
             training = Training(stored(this), corpus)
             training.load(this)
-            train_until(training, this, step, how)
-        ends.append(end_of(this.folder.name))
-    assert_same_end(*ends)
+            try:
+                train_until(training, this, step, how)
+            except UserError as error:  # a run that fails does so whenever it is resumed
+                said = re.sub(r"run-[0-9]+", "run", str(error))
+        skips = this.folder / "skips.json"
+        passed_over = skips.read_text() if skips.exists() else ""
+        ends.append((*end_of(this.folder.name), passed_over, said) if this.checkpoints() else said)
+    if ends[0] == said:
+        assert said and ends[1] == said
+    else:
+        assert_same_end(*ends)
+    event(said[-60:] or ("it went back" if passed_over else "it went on"))
 
 
 stops = st.lists(st.tuples(st.integers(0, 13), st.sampled_from(STOPS)), max_size=3)
@@ -236,7 +268,7 @@ def test_a_run_stopped_anywhere_ends_bit_for_bit_in_every_setting(folder, config
 
 
 @pytest.mark.slow
-@settings(max_examples=300, derandomize=False)
+@settings(max_examples=120, derandomize=False)
 @given(configs, stops)
 def test_many_runs_stopped_anywhere_end_bit_for_bit(folder, config, stops):
     check_resume(config, stops)
@@ -265,7 +297,7 @@ def test_every_objective_is_learnt_and_its_run_writes(folder, name, arch):
         assert out.startswith("ababab")
     else:
         answer = out.removeprefix(prompt)
-        assert "ab" in answer or "ba" in answer
+        assert answer.replace("<extra_id_0>", "")[0] in "ab"
         assert ("<extra_id_0>" in answer) == (name in ("spans", "ul2"))
 
 
@@ -291,7 +323,7 @@ def test_the_operations_of_an_update_are_those_of_its_rows(folder, name, arch):
     c, batch = training.config, training.batch(training.rows.take(2), "objective", 0)
     S = 0 if batch.source is None else batch.source.shape[1]
     each = exact_flops(c.model, batch.inputs.shape[1], source=S)
-    assert training.flops == c.accumulate * c.batch * each
+    assert training.flops == each
 
 
 def test_the_same_command_gives_the_same_bits(folder):
