@@ -116,20 +116,23 @@ EXPONENTS = np.linspace(0.05, 2, 40)
 
 
 def fit(steps: Sequence[int], losses: Sequence[float]) -> Curve:
-    """Least squares: for each c of a grid a and b are linear; b ≥ 0, as losses fall."""
+    """Least squares: for each c of a grid a and b are linear; neither is negative, as losses fall
+    and are none."""
     x, y = np.asarray(steps, float), np.asarray(losses, float)
     best = Curve(y.mean(), 0.0, 1.0, y.std())
     for c in EXPONENTS:
         powers = np.stack([np.ones_like(x), x**-c], axis=1)
         (a, b), *_ = np.linalg.lstsq(powers, y, rcond=None)
+        if a < 0:
+            a, b = 0.0, powers[:, 1] @ y / (powers[:, 1] @ powers[:, 1])
         error = np.sqrt(np.mean((powers @ (a, b) - y) ** 2))
         if b >= 0 and error < best.error:
             best = Curve(a, b, c, error)
     return best
 
 
-EARLY = 4  # evaluations that a forecast needs
-MARGIN = 0.05  # share of a forecast that a loss may lie above it, at least; at most 5 deviations
+EARLY = 6  # evaluations that a forecast needs
+MARGIN = 0.1  # share of a forecast that a loss may lie above it, at least; at most 5 deviations
 
 
 def failing(evaluations: Sequence[tuple[int, float]], patience: int) -> str:
