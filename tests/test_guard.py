@@ -225,7 +225,7 @@ def test_only_a_curve_that_stays_above_its_forecast_fails(seed, patience, early)
 
 
 def test_a_failing_run_is_stopped_with_its_checkpoint(tmp_path, monkeypatch):
-    config, corpus = start(replace(LONG, evaluate_every=5, save_every=50), tmp_path, monkeypatch)
+    config, corpus = start(replace(LONG, evaluate_every=3, save_every=50), tmp_path, monkeypatch)
     training, run = Training(config, corpus), Run.create("", config)
     measured = training.held_out
     training.held_out = lambda: {
