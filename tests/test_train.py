@@ -702,7 +702,7 @@ def test_bad_settings_in_a_config_are_refused_by_name(mine):
         ({"steps": "2"}, "steps cannot be '2'"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"model": {"dim": 16.0}}, "model.dim cannot be 16.0"),
-        ({"optim": {"name": "sgd"}}, "optim.name cannot be 'sgd'"),
+        ({"optim": {"name": "lion"}}, "optim.name cannot be 'lion'"),
         ({"data": None}, "data cannot be None"),
         ({"dropout": 0.1}, "knows no setting 'dropout'"),
     ):
