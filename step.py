@@ -4,8 +4,9 @@ Idea: the loss of a step is the sum over all its tokens divided by their number,
 cut into micro-batches; then one clip of the whole gradient, then one move of the optimizer. What
 is no number moves nothing.
 
+train.py leaves a file of such a step, and `step.py FILE` does it again.
+
 Run: python -m pytest tests/test_step.py
-     python step.py runs/<name>/replay-<step>.safetensors     a step that was no number, again
 
 Papers: Pascanu et al. 2013, clipping (arXiv 1211.5063); Micikevicius et al. 2018, mixed precision
 (arXiv 1710.03740); Kalamkar et al. 2019, bfloat16 (arXiv 1905.12322).

@@ -42,7 +42,6 @@ from kernels import (  # noqa: E402
     norm,
 )
 from kernels.mask import Mask  # noqa: E402
-from run import picture  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 LOW = torch.bfloat16 if CUDA else torch.float16  # the interpreter has no bf16 arithmetic
@@ -435,12 +434,16 @@ def rows(names: list[str], limits: dict[str, float]) -> Iterator[tuple[str, floa
 
 def draw(shares: list[tuple[str, float, str]]) -> None:
     """One bar per kernel: how much of the ceiling it reaches."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(shares) + 1), layout="constrained")
     names = [f"{name} ({unit})" for name, _, unit in shares]
-    with picture(FIGURE, size=(8, 0.3 * len(shares) + 1)) as (axes,):
-        axes.barh(names, [share for _, share, _ in shares], color="#1f4e8c")
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set_xlabel("share of the measured ceiling")
+    axes.barh(names, [share for _, share, _ in shares], color="C0")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the measured ceiling")
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, dpi=120)
     print(f"\nfigure: {FIGURE}")
 
 

@@ -30,6 +30,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "sentencepiece_files",
         "objectives",
         "optim",
+        "guard",
         "presets",
         "families",
         "performer",
@@ -46,7 +47,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["step", "heads"],
     ["scaling", "lora", "quant"],
     ["generate"],
-    ["evaluate", "parallel"],
+    ["evaluate", "parallel", "training"],
     ["train", "align", "bench"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
@@ -61,6 +62,7 @@ TINY = {
     "scaling.py": "",
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
+    "optim.py": "",
 }
 
 
