@@ -16,7 +16,7 @@ a value head attach from outside: `model(ids)` gives hidden states, `model.head_
 `model.logits` their product. `Transformer.load` and `save` read and write the folders of Hugging
 Face's GPT-2, Llama, Mistral, BERT, T5 and BLOOM, as model_files.py has it.
 
-Run: python -m pytest tests/test_model.py
+Run: python model.py                      every preset: its shape and its parameters, counted
 
 Papers: Vaswani et al. 2017 (arXiv 1706.03762); Radford et al. 2019, GPT-2; Touvron et al. 2023,
 Llama (arXiv 2302.13971); Zhang and Sennrich 2019, RMSNorm (arXiv 1910.07467); Ba et al. 2016,
@@ -45,7 +45,7 @@ from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
 from positions import POSITIONS, Rotation
 from presets import PUBLISHED
-from run import UserError, generator, settings, value_of
+from run import UserError, generator, main, settings, table, value_of
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -562,3 +562,23 @@ def fill(model: nn.Module, weights: Weights) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def show() -> None:
+    """The table of presets, each built without memory; BERT's pooler is counted, too."""
+    lines = [("", "parameters", "arch", "blocks", "width", "heads", "feed-forward", "position",
+              "norm", "activation", "context", "vocabulary")]  # fmt: skip
+    for name, model in PUBLISHED.items():
+        c = ModelConfig(**model.settings)
+        with torch.device("meta"):
+            N = count_parameters(Transformer(c, seed=None))
+        N += model.pooler * (c.dim + 1) * c.dim
+        heads = f"{c.heads}" + (f"/{c.kv_heads}" if c.kv_heads else "") + f" × {c.head_dim}"
+        lines.append((name, f"{N:,}", c.arch, f"{c.layers}", f"{c.dim:,}", heads,
+                      f"{c.ffn_width:,}", c.position, f"{c.order} {c.norm}", c.activation,
+                      f"{c.context:,}", f"{c.vocab_size:,}"))  # fmt: skip
+    print(table(*lines))
+
+
+if __name__ == "__main__":
+    main(show)

@@ -495,7 +495,16 @@ def plain(tensors: Tensors) -> Tensors:
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- tables and pictures --------------------------------------------------------------------------
+
+
+def table(*lines: tuple[str, ...]) -> str:
+    """Columns, the first to the left, the others to the right; the first line is their head."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        (f"{line[0]:{widths[0]}}  " + "  ".join(map(str.rjust, line[1:], widths[1:]))).rstrip()
+        for line in lines
+    )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ import tyro
 
 from model import ACTIVATIONS, PRESETS, ModelConfig, preset_in
 from presets import PUBLISHED
-from run import UserError, main
+from run import UserError, main, table
 from step import machine, matmul_peak
 
 Parts = dict[str, int]
@@ -324,15 +324,6 @@ class Cost:
             )
         if not self.model.vocab_size:
             raise UserError("without a tokenizer, --model.vocab-size must be at least 1")
-
-
-def table(*lines: tuple[str, ...]) -> str:
-    """Columns, the first to the left, the others to the right; the first line is their head."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        (f"{line[0]:{widths[0]}}  " + "  ".join(map(str.rjust, line[1:], widths[1:]))).rstrip()
-        for line in lines
-    )
 
 
 def show() -> None:

@@ -24,8 +24,10 @@ from model import (
     Transformer,
     count_parameters,
     deepnorm,
+    show,
 )
 from positions import POSITIONS, SCALINGS
+from presets import PUBLISHED
 from run import UserError
 
 size = st.integers(1, 9)
@@ -306,3 +308,14 @@ def test_a_text_longer_than_the_learned_positions_is_refused():
     model = Transformer(replace(SMALL, position="learned"))
     with pytest.raises(ValueError, match="12 learned positions"):
         model(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_the_table_of_presets_counts_every_one(capsys):
+    show()
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows.keys() == PUBLISHED.keys()
+    for name, count in {
+        "gpt2": "124,439,808", "bert-base": "109,482,240", "t5-11b": "11,307,321,344",
+        "bloom-176b": "176,247,271,424",
+    }.items():  # fmt: skip
+        assert rows[name][1] == count
