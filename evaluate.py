@@ -260,7 +260,7 @@ def draw_length(found: dict[str, list[Reach]], T: int, path: Path) -> None:
             right.plot(x, places.tolist(), **style)
         for axes in (left, right):
             axes.axvline(T, color="#777777", linestyle="--", linewidth=1)
-            axes.set(ylabel="nats per token", ylim=(best - 0.2, best + 2.5))
+            axes.set(ylabel="nats per token", ylim=(best - 0.1, best + 1))
         left.set_xscale("log", base=2)
         left.set_xticks(lengths, [f"{n:,}" for n in lengths])
         left.set(xlabel="tokens; trained at the dashed line", title="all tokens, by length of row")

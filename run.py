@@ -571,6 +571,28 @@ def plot_loss(run: Run, lzma: float | None = None) -> Path:
     return path
 
 
+def plot_scales(run: Run) -> Path:
+    """scales.png: each block's stream and gradient over the steps that were looked into."""
+    rows = [row for row in run.metrics() if isinstance(row.get("scales"), dict)]
+    path = run.folder / "scales.png"
+    kinds = {"activation": "stream behind each block", "gradient": "gradient of its weights"}
+    with run.writing(path), picture(path, 2, (12, 4.5)) as both:
+        for axes, (kind, title) in zip(both, kinds.items(), strict=True):
+            for n, values in enumerate(zip(*(r["scales"][kind] for r in rows), strict=True)):
+                shade = shade_of(n, len(rows[0]["scales"][kind]))
+                axes.plot([r["step"] for r in rows], values, color=shade, label=f"block {n}")
+            axes.set(xlabel="step", title=f"{title}, root mean square", yscale="log")
+        if rows:
+            both[0].legend(frameon=False, ncol=2, fontsize="small")
+    return path
+
+
+def shade_of(n: int, of: int) -> tuple[float, float, float]:
+    """From light to dark blue, with the depth."""
+    share = (n + 1) / of
+    return 0.75 - 0.65 * share, 0.85 - 0.6 * share, 0.95 - 0.4 * share
+
+
 def smooth(values: tuple[float, ...], memory: float = 0.95) -> list[float]:
     """Running mean Σ memoryⁱ·x / Σ memoryⁱ, which owes nothing to its start."""
     out, total, weight = [], 0.0, 0.0

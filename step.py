@@ -19,7 +19,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from kernels.cross_entropy import cross_entropy
 from kernels.mask import Mask
@@ -117,6 +123,38 @@ class LossScale:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.scale, good = tensors["loss_scale"].tolist()
         self.good = int(good)
+
+
+class Scales(NamedTuple):
+    """Root mean squares, block by block: of the stream behind it, of its weights' gradient."""
+
+    activation: list[float]
+    gradient: list[float]
+
+
+@contextmanager
+def watched(model: Transformer) -> Iterator[list[Scales]]:
+    """Of the update made inside, a single one: gradients are those that moved the weights."""
+    streams: list[list[Tensor]] = [[] for _ in model.layers]
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(
+            torch.stack([output[0].detach().float().square().sum(),
+                         torch.tensor(float(output[0].numel()), device=output[0].device)])))
+        for layer, kept in zip(model.layers, streams, strict=True)
+    ]  # fmt: skip
+    found: list[Scales] = []
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sums = [torch.stack(kept).sum(0).tolist() for kept in streams]
+    grads = [[p.grad for p in layer.parameters() if p.grad is not None] for layer in model.layers]
+    found.append(Scales(
+        [math.sqrt(squares / count) for squares, count in sums],
+        [math.sqrt(sum(g.float().square().sum().item() for g in gs) / sum(map(torch.numel, gs)))
+         for gs in grads],
+    ))  # fmt: skip
 
 
 class NotFinite(UserError):
@@ -315,6 +353,16 @@ def cpu_flags() -> set[str]:
     except OSError:
         return set()
     return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held at once: of tensors on CUDA, else of all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
 
 
 def machine(device: torch.device) -> str:

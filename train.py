@@ -11,7 +11,8 @@ minutes
      python train.py --help               every setting
 
 Everything that a run was, is in its folder: runs/<name>/config.json, metrics.jsonl, log.txt,
-loss.png, tokenizer.json and checkpoints/. Ctrl-C saves and says how to go on.
+loss.png (drawn anew as it runs), tokenizer.json and checkpoints/. Ctrl-C saves and says how to go
+on.
 
 Papers: Radford et al. 2019, GPT-2; Hoffmann et al. 2022 (arXiv 2203.15556) on how long to train.
 """
@@ -21,7 +22,9 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import tyro
 from tqdm import tqdm
@@ -30,8 +33,17 @@ from data import prepare
 from guard import failing
 from model import count_parameters, preset_in
 from objectives import objective_for
-from run import Run, UserError, check_free, main, plot_loss, value_of
-from step import NotFinite, commit, machine, matmul_peak, pick_device, pick_dtype
+from run import Run, UserError, check_free, main, plot_loss, plot_scales, value_of
+from step import (
+    NotFinite,
+    commit,
+    machine,
+    matmul_peak,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    watched,
+)
 from training import Train, Training, changes, stored, unchangeable
 
 # --- settings -------------------------------------------------------------------------------------
@@ -141,54 +153,79 @@ class Interrupt:
 
 def loop(training: Training, run: Run, peak: float) -> bool:
     """Train to the last step; False if someone asked to stop before it."""
-    c, meta = training.config, training.corpus.meta
-    per_byte = meta["train"]["tokens"] / meta["train"]["bytes"] / math.log(2)
+    c, drawn = training.config, time.monotonic()
     bar = tqdm(total=c.steps, initial=training.step, unit="step", disable=None, smoothing=0.05)
     with Interrupt() as interrupt, bar:
         while training.step < c.steps and not interrupt.asked:
-            start = time.perf_counter()
-            try:
-                made = training.advance()
-                why = training.jumped(made)
-            except NotFinite as error:
-                why, made = training.reported(error, run), None
+            row, why = one_step(training, run, peak)
             if why:
                 training.go_back(why, run)
                 bar.n = training.step
                 continue
-            seconds = time.perf_counter() - start
-            row = {"step": training.step, "tokens": training.tokens, "loss": made.loss}
-            row |= {"norm": made.norm} if made.moved else {"skipped": True}
-            if training.scale:
-                row["loss_scale"] = training.scale.scale
-            if c.objective == "causal":
-                row["train_bits_per_byte"] = made.loss * per_byte
             last = training.step == c.steps
             if last or training.step % c.evaluate_every == 0:
-                found = training.held_out()
-                row |= found
+                row |= (found := training.held_out())
                 try:
                     run.log(
-                        f"step {training.step:6,}   loss {made.loss:.3f} nats per token   "
+                        f"step {training.step:6,}   loss {row['loss']:.3f} nats per token   "
                         f"held out {in_words(found)}"
                     )
                 except BrokenPipeError:  # whoever read this has gone, as after Ctrl-C
                     interrupt.asked = True
-            run.measure(**row, seconds=seconds)
+            run.measure(**row)
             if last or training.step % c.save_every == 0:
                 training.save(run)
             if "held_out_loss" in row and not last:
                 stop_if_failing(training, run)
+            if "held_out_loss" in row and time.monotonic() > drawn + REDRAWN:
+                draw(training, run)
+                drawn = time.monotonic()
             bar.update()
-            rows = sum(len(batch.targets) for batch in training.batches)
             bar.set_postfix_str(
-                f"loss {made.loss:.2f}, {rows * training.width / seconds:,.0f} tokens/s, "
-                f"{rows * training.flops / seconds / peak:.0%} of peak"
+                f"loss {row['loss']:.2f}, {row['tokens_per_second']:,} tokens/s, "
+                f"{row['utilization']:.0%} of peak"
             )
     if interrupt.asked and training.step < c.steps:
         training.save(run)
         return False
     return True
+
+
+REDRAWN = 30  # seconds that a picture of a run stays as it is
+
+
+def one_step(training: Training, run: Run, peak: float) -> tuple[dict, str]:
+    """An update: what metrics.jsonl says of it; why the run must go back, in words, or nothing."""
+    c, start = training.config, time.perf_counter()
+    looked = c.watch_every and (training.step + 1) % c.watch_every == 0
+    try:
+        with watched(training.model) if looked else nullcontext([]) as scales:
+            made = training.advance()
+    except NotFinite as error:
+        return {}, training.reported(error, run)
+    seconds, rows = time.perf_counter() - start, sum(len(b.targets) for b in training.batches)
+    row = {"step": training.step, "tokens": training.tokens, "loss": made.loss}
+    row |= {"norm": made.norm, "lr": training.lr} if made.moved else {"skipped": True}
+    if training.scale:
+        row["loss_scale"] = training.scale.scale
+    if c.objective == "causal":
+        meta = training.corpus.meta["train"]
+        row["train_bits_per_byte"] = made.loss * meta["tokens"] / meta["bytes"] / math.log(2)
+    if scales:
+        row["scales"] = scales[0]._asdict()
+    return row | {
+        "seconds": seconds,
+        "tokens_per_second": round(rows * training.width / seconds),
+        "utilization": round(rows * training.flops / seconds / peak, 4),
+        "memory_bytes": peak_memory(training.device),
+    }, training.jumped(made)
+
+
+def draw(training: Training, run: Run) -> Path:
+    """The run's pictures as they are now; the path of the first."""
+    if training.config.watch_every:
+        plot_scales(run)
+    return plot_loss(run, training.corpus.meta["lzma_bits_per_byte"])
 
 
 def stop_if_failing(training: Training, run: Run) -> None:
@@ -228,7 +265,7 @@ def finish(training: Training, run: Run, seconds: float) -> None:
     for number, text in enumerate(training.sample(), 1):
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
     run.log(
-        f"\npicture: {plot_loss(run, lzma)}\n"
+        f"\npicture: {draw(training, run)}\n"
         f"more:    {shlex.join(['python', 'generate.py', '--run', run.name])} "
         f"{EXAMPLES[training.config.objective]}"
     )

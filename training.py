@@ -73,6 +73,7 @@ class Train:
     guard: GuardConfig = GuardConfig()
     evaluate_every: int = 200  # updates between measurements on the held-out documents
     save_every: int = 500  # updates between checkpoints
+    watch_every: int = 0  # updates between looks at each block's scales; 0: never
     seed: int = 0  # of weights, order and samples
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
@@ -84,6 +85,8 @@ class Train:
             if not 1 <= getattr(self, name) <= MOST:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, at most {MOST:,}")
         objective_for(self.objective, self.model.arch)
+        if not 0 <= self.watch_every <= MOST:
+            raise UserError(f"--watch-every {self.watch_every} must be from 0 to {MOST:,}")
         if (warm := round(self.optim.warmup * self.steps)) == self.steps:
             raise UserError(
                 f"--steps {self.steps} are all of the warm-up of {warm} steps: give more of "
@@ -101,7 +104,7 @@ class Train:
 MOST = 10**9  # of whatever is counted here
 # What may differ when a run is resumed; of the text it is proved that it is still the same.
 MAY_CHANGE = {
-    "name", "resume", "steps", "evaluate_every", "save_every", "device", "data.path",
+    "name", "resume", "steps", "evaluate_every", "save_every", "watch_every", "device", "data.path",
     "guard.patience",
 }  # fmt: skip
 
@@ -210,9 +213,11 @@ class Training:
             size = min(c.batch, count - done)
             self.batches.append(self.batch(self.rows.take(size), "objective", self.row))
             self.row += size
-        lr = learning_rate(c.optim, self.step, c.steps)
+        self.lr = learning_rate(c.optim, self.step, c.steps)
         self.step += 1
-        return update(self.model, self.batches, self.optimizer, lr, c.optim, self.dtype, self.scale)
+        return update(
+            self.model, self.batches, self.optimizer, self.lr, c.optim, self.dtype, self.scale
+        )
 
     def jumped(self, made: Update) -> str:
         """In words what an update has jumped in, or an empty string; and remember the update."""

@@ -94,6 +94,9 @@ def run(script, *arguments, largest=-1):
     return status, out.getvalue(), err.getvalue()
 
 
+CLOCK = {"seconds", "tokens_per_second", "utilization", "memory_bytes"}
+
+
 def end_of(name):
     """What a run ended with: weights, optimizer and place, metrics without their times."""
     this = Run.open(name)
@@ -101,7 +104,7 @@ def end_of(name):
     tensors = {
         part: load_tensors(newest / f"{part}.safetensors") for part in ("model", "train_state")
     }
-    metrics = [{k: v for k, v in row.items() if k != "seconds"} for row in this.metrics()]
+    metrics = [{k: v for k, v in row.items() if k not in CLOCK} for row in this.metrics()]
     return newest.name, tensors, json.loads((newest / "train_state.json").read_text()), metrics
 
 
