@@ -7,6 +7,7 @@ Run: python train.py                      Python's own documentation, a million 
 minutes
      python train.py --data.path book.txt --steps 3000
      python train.py --model.arch encdec --objective spans     a small T5; encoder, masked: a BERT
+     python train.py --name a --seeds 3   three runs, whose seeds differ; then evaluate.py compare
      python train.py --resume             go on where the newest run was stopped
      python train.py --help               every setting
 
@@ -62,7 +63,11 @@ def parse(arguments: list[str]) -> tuple[Train, Run | None, list[str]]:
         default = stored(run)
     config = tyro.cli(Train, args=arguments, default=replace(default, resume=run is not None))
     if run is None:
+        if config.seeds > 1 and not config.name:
+            raise UserError(f"--seeds {config.seeds} are as many runs, which need a --name")
         return config, None, []
+    if config.seeds > 1:
+        raise UserError("--resume goes on with one run: give the --name of one, and no --seeds")
     config = replace(config, name=default.name, resume=False)
     changed = changes(default, config)
     if fixed := unchangeable(changed):
@@ -274,6 +279,18 @@ def finish(training: Training, run: Run, seconds: float) -> None:
 def script() -> None:
     config, run, changed = parse(sys.argv[1:])
     pick_device(config.device)  # before long work
+    if config.seeds == 1:
+        return train(config, run, changed)
+    seeds = range(config.seed, config.seed + config.seeds)
+    each = [replace(config, name=f"{config.name}-seed{n}", seed=n, seeds=1) for n in seeds]
+    for one in each:
+        check_free(one.name)
+    for one in each:
+        train(one, None, [])
+
+
+def train(config: Train, run: Run | None, changed: list[str]) -> None:
+    """Begin a run, or go on with one, until its last step or until somebody stops it."""
     if run is None and config.name:
         check_free(config.name)
     special = objective_for(config.objective, config.model.arch).special

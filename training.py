@@ -75,13 +75,14 @@ class Train:
     save_every: int = 500  # updates between checkpoints
     watch_every: int = 0  # updates between looks at each block's scales; 0: never
     seed: int = 0  # of weights, order and samples
+    seeds: int = 1  # runs, <name>-seed0, -seed1, …, that differ in nothing but their seed
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # of the arithmetic; the weights stay float32
     )
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "evaluate_every", "save_every"):
+        for name in ("steps", "batch", "accumulate", "evaluate_every", "save_every", "seeds"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, at most {MOST:,}")
         objective_for(self.objective, self.model.arch)
@@ -104,8 +105,8 @@ class Train:
 MOST = 10**9  # of whatever is counted here
 # What may differ when a run is resumed; of the text it is proved that it is still the same.
 MAY_CHANGE = {
-    "name", "resume", "steps", "evaluate_every", "save_every", "watch_every", "device", "data.path",
-    "guard.patience",
+    "name", "resume", "seeds", "steps", "evaluate_every", "save_every", "watch_every", "device",
+    "data.path", "guard.patience",
 }  # fmt: skip
 
 
