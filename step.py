@@ -331,15 +331,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if pays else torch.float32
 
 
+def device_memory(device: torch.device) -> float:
+    """The bytes that a device has; inf where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
 def check_memory(needed: int, device: torch.device) -> None:
     """UserError if a device has not so many bytes; on a CPU the system would kill the process."""
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > there:
+    if needed > (there := device_memory(device)):
         raise UserError(
             f"this takes at least {needed / 1e9:,.1f} GB of memory, and {device.type} has "
             f"{there / 1e9:,.1f} GB: choose smaller sizes"

@@ -23,6 +23,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+import dry_run
 from data import prepare
 from guard import failing
 from model import count_parameters, preset_in
@@ -92,18 +94,19 @@ def complete(config: Train, tokens: int) -> Train:
 # --- what the first lines say ---------------------------------------------------------------------
 
 
-def introduce(run: Run, training: "Training", changed: list[str]) -> float:
-    """Log the settings and every number derived from them; returns the measured peak in FLOP/s."""
+def introduction(
+    training: Training, peak: float, where: str = "", changed: Sequence[str] = ()
+) -> str:
+    """The settings and every number derived from them, in words; peak in FLOP/s."""
     config, corpus, model = training.config, training.corpus, training.model
     meta, m, N = corpus.meta, config.model, count_parameters(model)
     train, held, rows = meta["train"], meta["held"], training.ramp.seen(config.steps)
     tokens, flops, width = rows * training.width, training.flops, training.width
     device = model.embedding.device
-    peak = matmul_peak(device, training.dtype)
     path = "in Triton" if device.type == "cuda" else "in torch, attention in blocks"
-    run.log(
+    return (
         f"{shlex.join(['python', 'train.py', *sys.argv[1:]])}\n"
-        f"run      {run.folder}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        f"run      {where}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
         + (f", commit {commit()}" if commit() else "")
         + "\n"
         f"text     {meta['source']}: {train['documents']:,} documents, {train['bytes']:,} bytes\n"
@@ -126,7 +129,6 @@ def introduce(run: Run, training: "Training", changed: list[str]) -> float:
         + "".join(f"\nchanged  {text}" for text in changed)
         + "\n"
     )
-    return peak
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -296,6 +298,14 @@ def train(config: Train, run: Run | None, changed: list[str]) -> None:
     special = objective_for(config.objective, config.model.arch).special
     corpus = prepare(config.data, config.tokenizer, special=special)
     config = complete(config, corpus.tokenizer.vocab_size)
+    if config.dry_run:
+        training = Training(config, corpus)
+        peak = matmul_peak(training.device, training.dtype)
+        print(
+            introduction(training, peak, "none is begun")
+            + dry_run.in_words(dry_run.forecast(config, corpus), config)
+        )
+        return
     training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
     if run is None:
         run = Run.create(config.name, config)
@@ -306,7 +316,8 @@ def train(config: Train, run: Run | None, changed: list[str]) -> None:
     path = run.folder / corpus.tokenizer.file_name
     with run.writing(path):  # a resumed run may lack it, if it was killed
         corpus.tokenizer.save(path)
-    peak = introduce(run, training, changed)
+    peak = matmul_peak(training.device, training.dtype)
+    run.log(introduction(training, peak, str(run.folder), changed))
     start = time.perf_counter()
     if not loop(training, run, peak):
         run.log(f"stopped and saved after step {training.step}; go on with\n  {run.command}")

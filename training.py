@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from recompute import KINDS, recompute
 from torch import Tensor
 
 from data import Corpus, DataConfig, TokenizerConfig
@@ -70,9 +71,13 @@ class Train:
     accumulate: int = 1  # such batches in one update
     ramp_from: int = 0  # rows of the first update, from where they grow; 0: all from the start
     ramp_tokens: int = 0  # tokens over which they grow to batch × accumulate
+    recompute: Literal[tuple(KINDS)] = (
+        "none"  # what is computed again in the backward pass instead of kept: less memory, more time
+    )
     guard: GuardConfig = GuardConfig()
     evaluate_every: int = 200  # updates between measurements on the held-out documents
     save_every: int = 500  # updates between checkpoints
+    dry_run: bool = False  # say what the run would take, after a few updates, and begin none
     watch_every: int = 0  # updates between looks at each block's scales; 0: never
     seed: int = 0  # of weights, order and samples
     seeds: int = 1  # runs, <name>-seed0, -seed1, …, that differ in nothing but their seed
@@ -105,8 +110,8 @@ class Train:
 MOST = 10**9  # of whatever is counted here
 # What may differ when a run is resumed; of the text it is proved that it is still the same.
 MAY_CHANGE = {
-    "name", "resume", "seeds", "steps", "evaluate_every", "save_every", "watch_every", "device",
-    "data.path", "guard.patience",
+    "name", "resume", "seeds", "dry_run", "steps", "evaluate_every", "save_every", "watch_every",
+    "device", "recompute", "data.path", "guard.patience",
 }  # fmt: skip
 
 
@@ -177,6 +182,7 @@ class Training:
         """The state before the first step."""
         c = self.config
         self.model = Transformer(c.model, c.seed).to(self.device)
+        recompute(self.model, c.recompute)
         self.optimizer = build(self.model.named_parameters(), c.optim, self.dtype)
         self.scale = LossScale() if self.dtype == torch.float16 else None
         self.rows.seek(self.start)

@@ -45,9 +45,10 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["data"],
     ["model"],
     ["step", "heads"],
-    ["scaling", "lora", "quant"],
+    ["scaling", "lora", "quant", "recompute"],
     ["generate"],
     ["evaluate", "parallel", "training"],
+    ["dry_run"],
     ["train", "align", "bench"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
@@ -63,6 +64,7 @@ TINY = {
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
     "optim.py": "",
+    "recompute.py": "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16 --rounds 1",
     "model.py": "",
     "evaluate.py": (
         "--train.steps 2 --train.batch 2 --data.path book.txt --tokenizer.kind bytes "

@@ -1,0 +1,94 @@
+"""What a run would take, before it begins: memory, time, and the largest batch that fits.
+
+Idea: a formula for the memory of activations is wrong as soon as somebody changes the model. So
+updates are made for real, and nothing of them is kept. One with one row and one with two, between
+which memory grows in a line, tell how many rows fit; then ten with the whole batch, or with as much
+of it as fits, tell memory and time.
+
+Run: python train.py --dry-run
+"""
+
+import math
+import time
+from dataclasses import replace
+from itertools import islice
+from statistics import median
+from typing import NamedTuple
+
+from recompute import LiveBytes
+
+from data import Corpus
+from step import device_memory, evaluate
+from training import Train, Training
+
+STEPS = 10  # updates of the probe
+
+
+class Forecast(NamedTuple):
+    """What a run takes, if as many rows as fit go through the model at once."""
+
+    batch: int  # such rows, at most those asked for
+    largest: int  # that would fit; of no meaning beyond what was tried
+    state: int  # bytes of weights, gradients and the optimizer's tensors
+    peak: int  # most bytes of tensors alive at once
+    step: float  # seconds of an update with all its rows
+    whole: float  # seconds of all updates and measurements
+
+
+def forecast(config: Train, corpus: Corpus) -> Forecast:
+    """Make the updates of a probe, on a model of their own."""
+    # a second batch of an update meets the gradients of the first
+    plain = replace(config, accumulate=min(2, config.accumulate), ramp_from=0, ramp_tokens=0)
+    one, two = (peak_of(Training(replace(plain, batch=n), corpus)) for n in (1, 2))
+    real = Training(config, corpus)
+    there, row = device_memory(real.device), max(1, two - one)
+    largest = int((there - one) / row) + 1 if there < math.inf else config.batch
+    batch = max(1, min(config.batch, largest))
+    probe = Training(replace(plain, batch=batch), corpus)
+    peak, times = peak_of(probe), []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        probe.advance()
+        times.append(time.perf_counter() - start)
+    row = median(times) / (batch * plain.accumulate)
+    measurements = math.ceil(config.steps / config.evaluate_every) + 1  # one when all is done
+    return Forecast(
+        batch, largest, state_bytes(real), peak, row * real.ramp.full,
+        row * real.ramp.seen(config.steps) + measurements * measuring(probe),
+    )  # fmt: skip
+
+
+def peak_of(training: Training) -> int:
+    """The most bytes of tensors that are alive in an update."""
+    gradients = sum(p.nbytes for p in training.model.parameters())
+    with LiveBytes() as live:
+        training.advance()
+    return state_bytes(training) - gradients + live.peak
+
+
+def state_bytes(training: Training) -> int:
+    weights = sum(p.nbytes for p in training.model.parameters())
+    return 2 * weights + sum(x.nbytes for x in training.optimizer.tensors().values())
+
+
+def measuring(training: Training, most: int = 4) -> float:
+    """Seconds of a measurement on the held-out documents, of which some rows are tried."""
+    rows = 4 * training.config.batch
+    batches = sum(1 for _ in training.held(rows))
+    start = time.perf_counter()
+    for number, some in enumerate(islice(training.held(rows), most)):
+        evaluate(training.model, [training.batch(some, "held out", number)], training.dtype)
+    return (time.perf_counter() - start) * batches / max(1, min(batches, most))
+
+
+def in_words(found: Forecast, config: Train) -> str:
+    fits = (
+        f"--batch {config.batch} fits"
+        if found.batch == config.batch
+        else f"--batch {config.batch} does not fit, {found.batch} does: more --accumulate instead"
+    )
+    return (
+        f"memory   {found.state / 1e6:,.1f} MB of weights, gradients and optimizer, at most "
+        f"{found.peak / 1e6:,.1f} MB of tensors at once; {fits}, about {found.largest:,} would\n"
+        f"time     {found.step:.3f} s an update, {found.whole:,.0f} s in all"
+    )
