@@ -1,24 +1,24 @@
-"""Activation checkpointing: what lies between a block's input and output is computed twice, not kept.
+"""Activation checkpointing: what lies inside a block is computed a second time, not kept.
 
-Idea: the backward pass needs what the forward pass computed, and to keep all of it takes more memory
-than the weights. So keep only what goes into a block; when the gradient comes back to it, compute
-the block again, this time with all that lies inside, use that and drop it. The memory of L blocks
+Idea: the backward pass needs what the forward pass computed, and all of that takes more memory than
+the weights. So keep only what goes into a block; when the gradient comes back to it, compute the
+block again, this time with all that lies inside, use that and drop it. The memory of L blocks
 shrinks to L inputs and the inside of one block, for one more forward pass: a third more work.
 
-    recompute(model, "blocks")       keeps the input of each block        (Chen et al., section 4)
-    recompute(model, "attention")    keeps all but what attention computes, and its result
+    recompute(model, "blocks")       keeps what goes into each block      (Chen et al., section 4)
+    recompute(model, "attention")    keeps all but what attention computes to its result
     recompute(model, "none")         keeps everything: the plain model again
 
-Korthikanti et al. recompute of attention the scores and their softmax only; `attend` never keeps
-these, so here "attention" also means queries, keys and values. It is cheap, and saves little.
+Korthikanti et al. compute only scores and softmax again, the T² of attention. `attend` never keeps
+those, so here "attention" means queries, keys and values too, and what `relative` adds to scores.
 
 The model stays the same object with the same weights under the same names. Loss and gradients are
-those of the plain model bit for bit, since the same operations meet the same numbers in the same
-order; a model that drew random numbers would have to draw the same again. Where no gradient is
-asked for, in generation, and behind a past, nothing is computed twice.
+those of the plain model bit for bit, since the same operations meet the same numbers and their
+gradients are added up in the same order. (Were random numbers drawn, they would have to be drawn
+again.) Where no gradient is asked for, and behind a past, nothing is computed twice.
 
 Run: python recompute.py        memory and time of each kind, and a picture of a step's memory
-     python recompute.py --model.layers 12 --batch 8 --dtype bfloat16
+     python recompute.py --model.layers 12 --dtype bfloat16
 
 Papers: Chen et al. 2016 (arXiv 1604.06174); Korthikanti et al. 2022 (arXiv 2205.05198, section 5).
 
@@ -236,3 +236,102 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(part)
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Memory and time of a forward and backward pass, with and without recomputation."""
+
+    model: ModelConfig = ModelConfig(vocab_size=512)
+    batch: int = 8  # rows
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    rounds: int = 7  # of all kinds in turn; the median is shown
+
+    def __post_init__(self):
+        if min(self.batch, self.rounds) < 1:
+            raise UserError("--batch and --rounds must each be at least 1")
+
+
+COLORS = {"none": "#1f4e8c", "attention": "#b5892e", "blocks": "#c8442d"}
+
+
+def random_batch(c: ModelConfig, rows: int, seed: int = 0) -> Batch:
+    """Rows of random tokens, as the architecture reads them, each asked what the next one is."""
+    shape, rng = (rows, c.context), generator(seed, "recompute")
+    ids, targets, source = torch.randint(0, c.vocab_size, (3, *shape), generator=rng)
+    first, last = torch.zeros_like(ids), torch.full_like(ids, c.context - 1)
+    if c.arch == "encdec":
+        return Batch(ids, targets, first, None, source, first, last, first, last)
+    return Batch(ids, targets, first, last if c.arch == "encoder" else None)
+
+
+def memory(model: Transformer, batch: Batch, dtype: torch.dtype) -> tuple[int, LiveBytes]:
+    """Bytes that the forward pass keeps for the backward pass, and the course of both."""
+    with LiveBytes() as live:
+        loss = loss_sum(model, batch, dtype)
+        kept = live.now
+        loss.backward()
+    return kept, live
+
+
+def measure(config: Settings) -> dict[str, tuple[int, LiveBytes, list[float]]]:
+    """Of each kind: bytes kept, the course of memory, and seconds of one processor, by round."""
+    model, batch = Transformer(config.model), random_batch(config.model, config.batch)
+    dtype, found = getattr(torch, config.dtype), {}
+    for what in KINDS:
+        recompute(model, what)
+        model.zero_grad()
+        found[what] = (*memory(model, batch, dtype), [])
+    for _ in range(config.rounds):
+        for what in KINDS:
+            recompute(model, what)
+            model.zero_grad()
+            start = time.process_time()
+            accumulate(model, [batch], dtype)
+            found[what][2].append(time.process_time() - start)
+    return found
+
+
+def show(found: dict[str, tuple[int, LiveBytes, list[float]]]) -> None:
+    """A table. A ratio of times is the median over rounds, in each of which all kinds had a turn."""
+    whole, _, plain = found["none"]
+    print(f"\n{'recomputed':>10}{'kept MB':>10}{'saved':>8}{'peak MB':>10}{'ms':>8}{'time':>8}")
+    for what, (kept, live, times) in found.items():
+        ratio = median(t / p for t, p in zip(times, plain, strict=True))
+        print(
+            f"{what:>10}{kept / 1e6:10.1f}{1 - kept / whole:8.1%}{live.peak / 1e6:10.1f}"
+            f"{1e3 * median(times):8.0f}{ratio:7.2f}×"
+        )
+    print("\nkept: for the backward pass, what the loss keeps included; saved: of that")
+
+
+def draw(found: dict[str, tuple[int, LiveBytes, list[float]]], path: Path) -> None:
+    """Memory behind each operation of a step."""
+    with picture(path) as (axes,):
+        for what, (_, live, _) in found.items():
+            axes.plot([x / 1e6 for x in live.course], color=COLORS[what], label=what)
+        axes.set(xlabel="operations of a forward and backward pass", ylabel="megabytes alive")
+        axes.legend(title="recomputed", frameon=False)
+
+
+def script() -> None:
+    default = Settings()
+    shape = preset_in(sys.argv[1:], default.model)
+    shape = replace(shape, vocab_size=shape.vocab_size or default.model.vocab_size)
+    config = tyro.cli(Settings, default=replace(default, model=shape))
+    torch.set_num_threads(1)  # then processor time is time, whatever else the machine does
+    c, N = config.model, count_parameters(Transformer(config.model))
+    print(
+        f"{c.arch}, {c.layers} blocks, {c.dim} wide, {N:,} parameters; {config.batch} rows of "
+        f"{c.context} tokens in {config.dtype}; {machine(torch.device('cpu'))}"
+    )
+    show(found := measure(config))
+    draw(found, path := RUNS / "recompute.png")
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main(script)
