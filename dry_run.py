@@ -1,9 +1,8 @@
 """What a run would take, before it begins: memory, time, and the largest batch that fits.
 
 Idea: a formula for the memory of activations is wrong as soon as somebody changes the model. So
-updates are made for real, and nothing of them is kept. One with one row and one with two, between
-which memory grows in a line, tell how many rows fit; then ten with the whole batch, or with as much
-of it as fits, tell memory and time.
+updates are made for real, and nothing of them is kept. Some with 1, 2, 4, … rows tell how many fit;
+then ten with the whole batch, or with as much of it as fits, tell memory and time.
 
 Run: python train.py --dry-run
 """
@@ -15,9 +14,8 @@ from itertools import islice
 from statistics import median
 from typing import NamedTuple
 
-from recompute import LiveBytes
-
 from data import Corpus
+from recompute import LiveBytes
 from step import device_memory, evaluate
 from training import Train, Training
 
@@ -39,10 +37,8 @@ def forecast(config: Train, corpus: Corpus) -> Forecast:
     """Make the updates of a probe, on a model of their own."""
     # a second batch of an update meets the gradients of the first
     plain = replace(config, accumulate=min(2, config.accumulate), ramp_from=0, ramp_tokens=0)
-    one, two = (peak_of(Training(replace(plain, batch=n), corpus)) for n in (1, 2))
     real = Training(config, corpus)
-    there, row = device_memory(real.device), max(1, two - one)
-    largest = int((there - one) / row) + 1 if there < math.inf else config.batch
+    largest = fitting(plain, corpus, device_memory(real.device))
     batch = max(1, min(config.batch, largest))
     probe = Training(replace(plain, batch=batch), corpus)
     peak, times = peak_of(probe), []
@@ -56,6 +52,22 @@ def forecast(config: Train, corpus: Corpus) -> Forecast:
         batch, largest, state_bytes(real), peak, row * real.ramp.full,
         row * real.ramp.seen(config.steps) + measurements * measuring(probe),
     )  # fmt: skip
+
+
+def fitting(config: Train, corpus: Corpus, there: float) -> int:
+    """The most rows at once whose update takes no more than so many bytes, or many enough.
+
+    Twice as many rows are tried as long as they fit for sure: tensors at most double.
+    """
+    rows, state = 1, state_bytes(Training(config, corpus))
+    before = (0, state)
+    while True:
+        peak = peak_of(Training(replace(config, batch=rows), corpus))
+        row = max(1.0, (peak - before[1]) / (rows - before[0]))
+        most = rows + math.floor((there - peak) / row) if there < math.inf else config.batch
+        if rows == config.batch or 2 * peak - state > there:
+            return max(0, most)
+        before, rows = (rows, peak), min(2 * rows, config.batch)
 
 
 def peak_of(training: Training) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from recompute import KINDS, recompute
 from torch import Tensor
 
 from data import Corpus, DataConfig, TokenizerConfig
@@ -25,6 +24,7 @@ from model import ModelConfig, Transformer
 from objectives import OBJECTIVES, Batch, Rows, objective_for, vocabulary_for
 from optim import OptimConfig, Ramp, build, learning_rate
 from packing import Mixture, whole
+from recompute import KINDS, recompute
 from run import (
     Run,
     UserError,
@@ -72,7 +72,7 @@ class Train:
     ramp_from: int = 0  # rows of the first update, from where they grow; 0: all from the start
     ramp_tokens: int = 0  # tokens over which they grow to batch × accumulate
     recompute: Literal[tuple(KINDS)] = (
-        "none"  # what is computed again in the backward pass instead of kept: less memory, more time
+        "none"  # computed again in the backward pass instead of kept: less memory, more time
     )
     guard: GuardConfig = GuardConfig()
     evaluate_every: int = 200  # updates between measurements on the held-out documents
