@@ -296,7 +296,7 @@ def measure(config: Settings) -> dict[str, tuple[int, LiveBytes, list[float]]]:
 
 
 def show(found: dict[str, tuple[int, LiveBytes, list[float]]]) -> None:
-    """A table. A ratio of times is the median over rounds, in each of which all kinds had a turn."""
+    """A table. A ratio of times is the median over rounds, in each of which all had their turn."""
     whole, _, plain = found["none"]
     print(f"\n{'recomputed':>10}{'kept MB':>10}{'saved':>8}{'peak MB':>10}{'ms':>8}{'time':>8}")
     for what, (kept, live, times) in found.items():
