@@ -121,7 +121,7 @@ def recomputed(f: Callable, module: nn.Module, *arguments: object) -> Tensor | t
 def pays(x: Tensor, past: object = None) -> bool:
     """Whether a backward pass will want what is computed from x (B T C).
 
-    A single token is left alone: without a graph it would be decoded, whose last bits are others.
+    A single token is left alone: without a graph CUDA decodes it, and the last bits would differ.
     """
     return torch.is_grad_enabled() and past is None and x.shape[1] > 1
 

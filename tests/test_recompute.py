@@ -98,18 +98,31 @@ def test_weights_that_blocks_share_get_the_sum(arch):
     assert_same_bits(model, lambda: accumulate(model, [batch])[0])
 
 
-@pytest.mark.parametrize("arch", ["decoder", "encoder", "encdec"])
-def test_rows_of_a_single_token_too(arch):
-    """Without a graph one query is decoded by another kernel, whose last bits differ."""
-    model = random_model(replace(SMALL, arch=arch, context=1, kv_heads=2), 2).float()
-    batch = random_batch(model.config, 64)
-    assert_same_bits(model, lambda: accumulate(model, [batch])[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_token_too(dtype, monkeypatch):
+    """Without a graph one query is decoded, by a kernel on CUDA whose last bits differ."""
+    monkeypatch.setattr("attention.decode", None)
+    model = random_model(replace(SMALL, arch="encdec", kv_heads=2), 2).float()
+    ids, source = (random_ids(SMALL, 0, 64, size) for size in (1, 12))
+
+    def step():
+        hidden = model(ids, dtype=dtype, memory=model.encode(source, dtype=dtype))
+        (loss := hidden.float().square().sum()).backward()
+        return loss
+
+    assert_same_bits(model, step)
 
 
-@given(seeds, kinds, st.sampled_from(["rope", "relative", "t5"]))
-def test_new_keys_and_values_have_their_gradients(seed, what, position):
-    """A text of which the second half looks at the first, which only its keys and values tell."""
+@given(seeds, kinds, st.sampled_from(["rope", "relative", "t5"]), st.booleans())
+def test_new_keys_and_values_have_their_gradients(seed, what, position, frozen):
+    """A text of which the second half looks at the first, which only its keys and values tell.
+
+    The first block's keys may have none, where neither tokens nor the matrix ask for any.
+    """
     model = random_model(replace(SMALL, position=position), seed).float()
+    model.embedding.requires_grad_(not frozen)
+    for name in ("attention_norm", "attention.key"):
+        model.layers[0].get_submodule(name).requires_grad_(not frozen)
     ids = random_ids(model.config, seed, 2, 9)
 
     def step():
@@ -125,34 +138,38 @@ def test_new_keys_and_values_have_their_gradients(seed, what, position):
 
 
 def counted(model):
-    """A list that grows by one for each feed-forward that is computed, and one for attention."""
-    calls = {"ffn": 0, "attention": 0}
+    """How often feed-forward, attention and cross attention are computed, from now on."""
+    calls = dict.fromkeys(("ffn", "attention", "cross"), 0)
 
     def count(name):
         calls[name] += 1
 
     for layer in model.layers:
-        layer.ffn.register_forward_hook(lambda *_: count("ffn"))
-        layer.attention.output.register_forward_hook(lambda *_: count("attention"))
+        for part, name in ((layer.ffn, "ffn"), (layer.attention.output, "attention"),
+                           (layer.cross.output, "cross")):  # fmt: skip
+            part.register_forward_hook(lambda *_, name=name: count(name))
     return calls
 
 
 @pytest.mark.parametrize(
-    "what, ffn, attention", [("none", 1, 1), ("attention", 1, 2), ("blocks", 2, 2)]
+    "what, ffn, looks", [("none", 1, 1), ("attention", 1, 2), ("blocks", 2, 2)]
 )
-def test_each_part_is_computed_as_often_as_it_says(what, ffn, attention):
+def test_each_part_is_computed_as_often_as_it_says(what, ffn, looks, monkeypatch):
     """Once more in the backward pass, and never without gradients or behind a past."""
-    model = random_model(SMALL, 0)
+    model = random_model(replace(SMALL, arch="encdec"), 0)
     recompute(model, what)
-    calls, batch = counted(model), random_batch(SMALL, 2)
+    calls, batch, L = counted(model), random_batch(model.config, 2), SMALL.layers
     accumulate(model, [batch])
-    assert calls == {"ffn": ffn * SMALL.layers, "attention": attention * SMALL.layers}
-    calls.update(ffn=0, attention=0)
-    with torch.no_grad():
-        _, past = model.extend(batch.inputs, None)
-    hidden, _ = model.extend(batch.inputs, past)
+    assert calls == {"ffn": ffn * L, "attention": looks * L, "cross": looks * L}
+    calls.update(ffn=0, attention=0, cross=0)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr("recompute.Recompute", None)
+        memory = model.encode(batch.source)
+        _, past = model.extend(batch.inputs, None, memory=memory)
+    hidden, _ = model.extend(batch.inputs, past, memory=memory)
     hidden.sum().backward()
-    assert calls == {"ffn": 2 * SMALL.layers, "attention": 2 * SMALL.layers}
+    crossed = 3 if what == "attention" else 2  # a look at the memory knows of no past
+    assert calls == {"ffn": 2 * L, "attention": 2 * L, "cross": crossed * L}
 
 
 @pytest.mark.parametrize("what", KINDS_OF_IT)
@@ -212,6 +229,9 @@ def test_blocks_halve_what_is_kept_and_the_peak(arch, dtype):
         recompute(model, what)
         kept, live = memory(model, batch, dtype)
         found[what] = kept, live.peak
+        left = live.course[-1] - sum(p.grad.nbytes for p in model.parameters())
+        assert left < batch.inputs.numel() * config.dim * dtype.itemsize  # of no block its input
+        model.zero_grad()
     (kept, peak), (some, lower), (few, low) = found.values()
     assert some < 0.75 * kept and lower < 0.85 * peak
     assert few < 0.15 * kept and low < 0.5 * peak
@@ -256,10 +276,14 @@ def test_live_bytes_are_those_of_memory_that_is_alive(actions):
 
 
 def test_a_graph_keeps_what_its_backward_pass_needs():
-    x = torch.ones(100, requires_grad=True)
+    x, old = torch.ones(100, requires_grad=True), torch.ones(5)
     with LiveBytes() as live:
         y = x.exp().exp().sum()  # keeps both exponentials
         assert live.now == 2 * 400 + 4
         y.backward()
         assert live.now == 400 + 4  # the gradient, and y
+        torch.zeros(5, out=old)
+        assert live.now == 400 + 4
+        z = torch.empty_strided((3,), (4,))
+        assert live.now == 400 + 4 + 4 * (1 + 2 * 4) and len(z) == 3
     assert live.peak >= 3 * 400

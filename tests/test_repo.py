@@ -59,6 +59,7 @@ TINY = {
     "train.py": f"--steps 2 --batch 2 {SMALL}",
     "generate.py": "--tokens 5",
     "bench.py": f"--rounds 1 --megabytes 1 {SMALL}",
+    "recompute.py": f"--batch 2 --rounds 1 {SMALL}",
     "data.py": "--tokenizer.vocab-size 300",
     "scaling.py": "",
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
