@@ -23,6 +23,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -123,25 +124,26 @@ class Ramp:
 
     def rows(self, step: int) -> int:
         """Of update number `step`."""
-        return self.after(step)[1]
+        return self.at(self.seen(step))
 
     def seen(self, step: int) -> int:
         """Rows of all updates before it."""
-        return self.after(step)[0]
-
-    def after(self, step: int) -> tuple[int, int]:
-        """Rows of all updates before number `step`, and of that one."""
-        seen, rows = 0, self.at(0)
-        for done in range(step):
-            if rows == self.full:
-                return seen + (step - done) * self.full, self.full
-            seen += rows
-            rows = self.at(seen)
-        return seen, rows
+        known = begun(self)
+        while len(known) <= step and self.at(known[-1]) < self.full:
+            known.append(known[-1] + self.at(known[-1]))
+        last = min(step, len(known) - 1)
+        return known[last] + (step - last) * self.full
 
     def at(self, seen: int) -> int:
+        """Of an update that begins when so many rows are behind it."""
         grown = (self.full - self.first) * seen // self.over if self.over else self.full
         return min(self.full, self.first + grown)
+
+
+@cache
+def begun(ramp: Ramp) -> list[int]:
+    """The rows before each update of a ramp, as far as they were asked for."""
+    return [0]
 
 
 # --- what all optimizers have in common -----------------------------------------------------------

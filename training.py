@@ -245,7 +245,7 @@ class Training:
         earlier = [
             step_of(path) for path in run.checkpoints()
             if step_of(path) % every == 0 and damage(path) is None
-            and read_json(path / "train_state.json")["row"] <= first
+            and read_json(path / "train_state.json").get("row", math.inf) <= first
         ]  # fmt: skip
         back_to = max(earlier, default=0)
         again = [s for s in self.skips if s.back_to >= back_to]
