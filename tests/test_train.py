@@ -271,7 +271,7 @@ def test_a_run_stopped_anywhere_ends_bit_for_bit_in_every_setting(folder, config
 
 
 @pytest.mark.slow
-@settings(max_examples=120, derandomize=False)
+@settings(max_examples=300, derandomize=False)
 @given(configs, stops)
 def test_many_runs_stopped_anywhere_end_bit_for_bit(folder, config, stops):
     check_resume(config, stops)
