@@ -65,7 +65,6 @@ TINY = {
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
     "optim.py": "",
-    "recompute.py": "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16 --rounds 1",
     "model.py": "",
     "evaluate.py": (
         "--train.steps 2 --train.batch 2 --data.path book.txt --tokenizer.kind bytes "
