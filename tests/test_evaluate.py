@@ -1,11 +1,13 @@
 """Laws of evaluate.py."""
 
 import math
+import re
 import shutil
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -22,18 +24,28 @@ from evaluate import (
     MULTIPLES,
     Deep,
     Length,
+    Reach,
     Recipe,
     difference,
+    draw_length,
+    draw_losses,
     frequencies,
     interval,
     learn,
     long_windows,
+    measure_length,
+    show_length,
+    show_losses,
+    smooth,
     stretched,
     student,
     token_losses,
 )
 from model import ModelConfig, Transformer
-from run import RUNS, Run, UserError
+from objectives import causal
+from optim import learning_rate
+from packing import Mixture
+from run import RUNS, Run, UserError, picture
 from step import update
 
 TEXT, BYTES = DataConfig("text", held_out=0.5), TokenizerConfig("bytes")
@@ -117,6 +129,7 @@ def test_stretching_keeps_weights_and_slows_the_angles(scaling):
     model = Transformer(replace(SMALL, position="rope", dim=32), 3)
     other = stretched(model, scaling)
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    assert other.config.rope_scaling == scaling
     config = replace(other.config, rope_scaling="none", rope_factor=model.config.rope_factor)
     assert config == model.config and other.config.rope_factor == MULTIPLES[-1] == 8.0
     ids = torch.arange(16)[None]
@@ -126,17 +139,62 @@ def test_stretching_keeps_weights_and_slows_the_angles(scaling):
     assert not torch.allclose(model(ids)[:, 9], other(ids)[:, 9])
 
 
-def test_learning_is_train_s_own_step_on_rows_of_t(folder):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_learning_is_train_s_own_step_on_the_seed_s_rows_of_t(folder, seed):
     corpus, how = prepare(TEXT, BYTES), Recipe(steps=30, batch=4)
-    seen = []
+    seen, rates = [], []
 
-    def look(model, batches, *rest):
-        seen.append(tuple(batches[0].inputs.shape))
-        return update(model, batches, *rest)
+    def look(model, batches, optimizer, lr, *rest):
+        seen.append(batches[0].inputs)
+        rates.append(lr)
+        return update(model, batches, optimizer, lr, *rest)
 
     with patch("evaluate.update", look):
-        losses = list(learn(Transformer(SMALL), corpus, how, 8, 0))
-    assert seen == [(4, 8)] * 30 and losses[-1] < losses[0] - 0.5
+        losses = list(learn(Transformer(SMALL), corpus, how, 8, seed))
+    rows = Mixture(corpus.train, 8, corpus.tokenizer.end_of_text, seed, corpus.parts)
+    assert all(torch.equal(x, causal(rows.take(4)).inputs) and x.shape == (4, 8) for x in seen)
+    assert rates == [learning_rate(how.optim, step, 30) for step in range(30)]
+    assert len(losses) == 30 and losses[-1] < losses[0] - 0.5
+
+
+@contextmanager
+def watched_learning():
+    """The models that evaluate.py trains: as they were at first, as they are now, T and seed."""
+    trained = []
+
+    def look(model, corpus, how, T, seed, *rest):
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        trained.append((model, before, T, seed))
+        return learn(model, corpus, how, T, seed, *rest)
+
+    with patch("evaluate.learn", look):
+        yield trained
+
+
+def test_every_kind_is_trained_alike_and_asked_at_every_length(folder):
+    """Each number is that of the model whose name it bears; none of them happens to be another."""
+    kinds, how = ("alibi", "rope"), Recipe(steps=40, batch=8)
+    corpus = prepare(TEXT, BYTES)
+    config = Length(how, TEXT, BYTES, replace(SMALL, context=4), kinds, seeds=2, windows=3)
+    with watched_learning() as trained:
+        found = measure_length(config, corpus)
+    windows = long_windows(corpus, 32, 3)
+    assert [(m.config.position, T, s) for m, _, T, s in trained] == [
+        (kind, 4, seed) for seed in range(2) for kind in kinds
+    ]
+    assert found.keys() == {*kinds, *(f"rope, {s}" for s in evaluate.STRETCHED)}
+    for model, before, _, seed in trained:
+        start = Transformer(model.config, seed).state_dict()
+        assert all(torch.equal(before[name], x) for name, x in start.items())
+        ways = {model.config.position: model}
+        if model.config.position == "rope":
+            ways |= {f"rope, {s}": stretched(model, s) for s in evaluate.STRETCHED}
+        for name, which in ways.items():
+            at = [token_losses(which, windows, T).mean().item() for T in (4, 8, 16, 32)]
+            assert found[name][seed].at == at
+            assert found[name][seed].places.equal(token_losses(which, windows, 32).mean(0))
+    every = [x for runs in found.values() for r in runs for x in r.at[1:]]
+    assert len(set(every)) == len(every)
 
 
 def test_frequencies_are_the_entropy_of_single_tokens(folder):
@@ -144,6 +202,72 @@ def test_frequencies_are_the_entropy_of_single_tokens(folder):
     tokens = np.concatenate([np.asarray(x) for x in corpus.train.files])
     p = np.bincount(tokens) / len(tokens)
     assert frequencies(corpus) == pytest.approx(-sum(x * math.log(x) for x in p if x), rel=1e-5)
+    halves = SimpleNamespace(files=[np.array([0, 0, 1]), np.array([2])])
+    cut = SimpleNamespace(train=halves, tokenizer=SimpleNamespace(vocab_size=4))
+    assert frequencies(cut) == pytest.approx(1.5 * math.log(2))
+
+
+# --- tables and pictures --------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 30), st.integers(1, 12))
+def test_smoothing_is_the_mean_of_the_last_steps(seed, n, width):
+    x = np.random.default_rng(seed).normal(size=n)
+    want = [x[: i + 1][-width:].mean() for i in range(n)]
+    assert smooth(x.tolist(), width) == pytest.approx(want)
+
+
+def test_tables_say_what_was_found():
+    """Steps in quarters, each with the mean of its last ten; the best at the longest row first."""
+    losses = {"deepnorm": [float(i) for i in range(1, 41)], "post": [4.0] * 12 + [math.nan]}
+    rows = [line.split() for line in show_losses(losses, 40, 3.25).splitlines()]
+    assert rows[0][-4:] == ["10", "20", "30", "40"]
+    assert rows[1] == ["deepnorm", "5.500", "15.500", "25.500", "35.500"]
+    assert rows[2][:2] == ["post", "4.000"] and rows[3][-1] == "3.250"
+    found = {
+        "rope": [Reach([1.0, 3, 4, 9], torch.zeros(64)), Reach([1.0, 5, 4, 9], torch.zeros(64))],
+        "alibi": [Reach([2.0, 2, 2, 2], torch.zeros(64)), Reach([2.0, 2, 2, 2], torch.zeros(64))],
+    }
+    rows = [re.split(r"\s{2,}", line) for line in show_length(found, 8).splitlines()]
+    assert rows[0][-4:] == ["8", "16", "32", "64"]
+    assert [row[0] for row in rows[1:]] == ["alibi", "rope"]
+    assert rows[2][1:] == ["1.000 ± 0.000", "4.000 ± 12.706", "4.000 ± 0.000", "9.000 ± 0.000"]
+    alone = show_length({"rope": found["rope"][:1]}, 8)
+    assert alone.split()[-5:] == ["rope", "1.000", "3.000", "4.000", "9.000"]
+
+
+@contextmanager
+def drawn():
+    """The axes that are drawn on, to be looked at."""
+    kept = []
+
+    @contextmanager
+    def look(*words):
+        with picture(*words) as axes:
+            yield axes
+            kept.extend(axes)
+
+    with patch("evaluate.picture", look):
+        yield kept
+
+
+def test_pictures_show_what_was_found(tmp_path):
+    """Loss at the step where it was, at the length where it was, at the middle of its places."""
+    runs = [
+        Reach([1.0, 2, 3, 4], torch.arange(32.0)),
+        Reach([3.0, 2, 3, 4], torch.arange(32.0) + 2),
+    ]
+    with drawn() as kept:
+        draw_length({"alibi": runs}, 4, tmp_path / "a.png")
+        draw_losses({"post": [2.0] * 5}, "title", tmp_path / "b.png", 3.25)
+    left, right, axes = kept
+    assert left.lines[0].get_xydata().tolist() == [[4, 2], [8, 2], [16, 3], [32, 4]]
+    reaches = sorted((low, high) for (_, low), (_, high) in left.collections[0].get_segments())
+    assert reaches[0] == pytest.approx((2 - 12.706, 2 + 12.706)) and reaches[-1] == (4, 4)
+    assert right.lines[0].get_xydata().tolist() == [[i + 0.5, i + 1.0] for i in range(32)]
+    assert all({*each.lines[-1].get_xdata()} == {4} for each in (left, right))
+    assert axes.lines[0].get_xydata().tolist() == [[i + 1, 2.0] for i in range(5)]
+    assert {*axes.lines[1].get_ydata()} == {3.25}
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -175,6 +299,21 @@ def test_the_other_demonstrations_show_theirs(folder, what, names):
     said = run(what, *TINY)
     assert all(any(line.startswith(name) for line in said.splitlines()) for name in names)
     assert (RUNS / f"{what}.png").stat().st_size > 10_000
+
+
+def test_depth_trains_each_order_and_tells_its_gradients(folder):
+    with watched_learning() as trained:
+        said = run("depth", *TINY, "--seed", 3, "--orders", "post", "deepnorm", "pre")
+    assert [m.config.order for m, *_ in trained] == ["post", "deepnorm", "pre"]
+    for model, before, T, seed in trained:
+        start = Transformer(model.config, 3).state_dict()
+        assert (T, seed) == (4, 3) and all(torch.equal(before[n], x) for n, x in start.items())
+        first, last = (model.layers[i].ffn.up.weight.grad.norm().item() for i in (0, 1))
+        assert first != last
+        assert (
+            f"{model.config.order}: gradient's norm in the first block {first:.1e}, in the last "
+            f"{last:.1e}"
+        ) in said
 
 
 @pytest.mark.parametrize("make, said", [
