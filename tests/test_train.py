@@ -484,6 +484,20 @@ BAD = {
     "blocks without end": (["--model.layers", "200000000"], "GB of memory"),
     "a batch larger than the machine": (["--batch", "1000000000"], "GB of memory"),
     "a mean over all past": (["--optim.beta1", "1"], "--optim.beta1 1.0 must lie between 0 and 1"),
+    "a warm-up that never ends": (
+        ["--optim.warmup", "0.99", "--steps", "9"],
+        "--steps 9 are all of the warm-up of 9 steps",
+    ),
+    "a ramp that never reaches its batch": (
+        ["--ramp-from", "1", "--ramp-tokens", "100000", "--steps", "9"],
+        "--ramp-tokens 100,000 are more than these 9 steps read",
+    ),
+    "half a ramp": (["--ramp-from", "1"], "--ramp-from and --ramp-tokens make a ramp together"),
+    "a ramp from above": (["--ramp-from", "9"], "--ramp-from 9 must be from 0 to the rows of"),
+    "seeds without a name": (["--seeds", "3"], "--seeds 3 are as many runs, which need a --name"),
+    "no seeds": (["--seeds", "0"], "--seeds must be at least 1"),
+    "a guard of too few": (["--guard.window", "3"], "--guard.window 3 must be 0, or from 20"),
+    "looks that are none": (["--watch-every", "-1"], "--watch-every -1 must be from 0 to"),
     "a rate that is no number": (["--optim.lr", "nan"], "--optim.lr nan must lie"),
     "a rate without end": (["--optim.lr", "1e300"], "--optim.lr 1e+300 must lie"),
     "a warm-up that is no number": (["--optim.warmup", "nan"], "--optim.warmup nan must lie"),
@@ -746,3 +760,66 @@ def test_generating_without_a_run_trains_a_small_model_first(folder):
     code, out, err = run("generate.py", "--tokens", "5")
     assert code == 0, err
     assert "there is no run yet" in out and out.count("--- 3 ---") == 1
+
+
+def test_seeds_make_runs_that_differ_in_their_seed(folder):
+    flags = [*TINY, "--steps", "4"]
+    assert run("train.py", *flags, "--name", "a", "--seeds", "2", "--seed", "5")[0] == 0
+    assert run("train.py", *flags, "--name", "b", "--seed", "6")[0] == 0
+    assert sorted(p.name for p in Path("runs").glob("a*")) == ["a-seed5", "a-seed6"]
+    assert_same_end(end_of("a-seed6"), end_of("b"))
+    assert end_of("a-seed5")[3] != end_of("b")[3]
+    code, _, err = run("train.py", *flags, "--name", "a", "--seeds", "2", "--seed", "4")
+    assert code == 2 and "a-seed5 exists already" in err and not Path("runs/a-seed4").exists()
+    code, _, err = run("train.py", "--name", "b", "--resume", "--seeds", "2")
+    assert code == 2 and "no --seeds" in err
+
+
+def test_each_block_s_scales_are_looked_into_and_change_nothing(folder):
+    """Root mean squares of the stream behind each block, and of the gradient that moved it."""
+    flags = [*TINY, "--model.layers", "3", "--steps", "6", "--accumulate", "2"]
+    assert run("train.py", *flags, "--name", "a", "--watch-every", "3")[0] == 0
+    assert run("train.py", *flags, "--name", "b")[0] == 0
+    one, two = end_of("a"), end_of("b")
+    assert_same_end(one[:3], two[:3])
+    looked = [row.pop("scales", None) for row in one[3]]
+    assert one[3] == two[3] and [bool(x) for x in looked] == [False, False, True] * 2
+    assert Path("runs/a/scales.png").stat().st_size > 10_000
+    assert not Path("runs/b/scales.png").exists()
+
+    config = complete(replace(stored(Run.open("b")), name="c"), 257)
+    training = Training(config, prepare(config.data, config.tokenizer))
+    for _ in range(2):
+        training.advance()
+    streams, layers = [[] for _ in range(3)], training.model.layers
+    for layer, seen in zip(layers, streams, strict=True):
+        layer.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out[0].detach()))
+    training.advance()
+    for n, layer in enumerate(layers):
+        x = torch.stack(streams[n])
+        g = torch.cat([p.grad.flatten() for p in layer.parameters()])
+        for kind, values in (("activation", x), ("gradient", g)):
+            want = values.square().mean().sqrt().item()
+            assert looked[2][kind][n] == pytest.approx(want, rel=1e-4)
+
+
+def test_a_row_of_metrics_counts_text_and_time(folder):
+    flags = [*TINY, "--steps", "9", "--ramp-from", "1", "--ramp-tokens", "64", "--batch", "4"]
+    assert run("train.py", *flags, "--name", "a")[0] == 0
+    rows, before = Run.open("a").metrics(), 0
+    for row in rows:
+        own = row["tokens"] - before
+        assert own % 16 == 0 and row["tokens_per_second"] == round(own / row["seconds"])
+        assert row["memory_bytes"] > 1e7 and 0 < row["utilization"] < 1000 and row["norm"] > 0
+        before = row["tokens"]
+    assert rows[0]["tokens"] == 16 and own == 64
+
+
+@pytest.mark.parametrize("what", ["attention", "blocks"])
+def test_recomputation_changes_no_bit_of_a_run_and_may_begin_in_its_middle(folder, what):
+    flags = [*TINY, "--model.layers", "2", "--optim.schedule", "constant"]
+    assert run("train.py", *flags, "--name", "a", "--steps", "6")[0] == 0
+    assert run("train.py", *flags, "--name", "b", "--steps", "6", "--recompute", what)[0] == 0
+    assert_same_end(end_of("a"), end_of("b"))
+    code, out, _ = run("train.py", "--name", "a", "--resume", "--steps", "8", "--recompute", what)
+    assert code == 0 and f"recompute 'none' → '{what}'" in out
