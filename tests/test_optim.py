@@ -197,6 +197,20 @@ def test_adafactor_is_one_number_at_a_time_and_transformers(seed, steps, lr, dec
         assert_close(p, theirs[name], 1e-10)
 
 
+def test_adafactor_has_least_sizes_and_means_of_each_matrix():
+    """ε₂ is the least size of a weight, ε₁ of a square; a gradient's own size does not matter."""
+    zero, still = torch.zeros(3, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    grads = {"a": np.ones((3, 2), np.float32), "b": np.zeros((2, 2), np.float32)}
+    train(Adafactor([zero, still], lr=0.5), {"a": zero, "b": still}, [grads])
+    assert_close(zero, torch.full((3, 2), -0.5e-3), 1e-6)
+    assert torch.equal(still, torch.ones(2, 2))
+    p, g = (x.detach() for x in normals(5, (3, 4), (3, 4)))
+    stack = torch.stack([p, p]).requires_grad_()
+    train(Adafactor([stack]), {"s": stack}, [{"s": np.stack([array(g), 10 * array(g)])}] * 2)
+    assert_close(stack[0], stack[1], 1e-12)
+    assert not torch.equal(stack[0], p)
+
+
 def test_adafactor_s_own_rate_is_transformers_relative_step():
     """min(10⁻², 1/√t) is what inverse_sqrt gives after a warm-up of 10⁴ steps that is not one."""
     transformers = pytest.importorskip("transformers")
