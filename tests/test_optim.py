@@ -113,6 +113,14 @@ def test_orthogonalize_keeps_the_directions_and_levels_the_sizes(seed, rows, col
     )
 
 
+def test_gradients_that_fp16_cannot_hold_are_orthogonalized_all_the_same():
+    G = normals(3, (6, 9))[0].detach().float()
+    want = orthogonalize(G, dtype=torch.float16)
+    assert want.dtype == torch.float16 and orthogonalize(G).dtype == torch.float32
+    assert_close(orthogonalize(G * 1e-9, dtype=torch.float16).float(), want.float(), 5e-3)
+    assert not orthogonalize(G * 0, dtype=torch.float16).any()
+
+
 def test_orthogonalize_is_close_to_the_exact_factor():
     G = normals(3, (6, 40))[0].detach()
     error = array(orthogonalize(G, 5)) - reference.orthogonal_factor(array(G))

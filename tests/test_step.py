@@ -153,6 +153,16 @@ def test_clipping_is_torch_s():
         assert_close(p.grad, q.grad, 1e-6)  # torch adds 1e-6 to the norm
 
 
+@pytest.mark.parametrize("by", ["norm", "value"])
+def test_a_norm_that_is_no_number_clips_nothing_by_it(by):
+    """Finite gradients whose squares are not, for whoever looks for the fault."""
+    (p,) = normals(0, (4,))
+    p = p.detach().float().requires_grad_()
+    p.grad = torch.full((4,), -1e30)
+    assert clip([p], 1.0, by) == np.inf
+    assert torch.equal(p.grad, torch.full((4,), -1e30 if by == "norm" else -1.0))
+
+
 def test_clipping_by_zero_is_no_clipping():
     (p,) = normals(0, (100,))
     p.grad = p.detach() * 100
@@ -213,10 +223,10 @@ def test_gradients_too_small_for_fp16_are_there_with_a_scale():
 
 def test_the_scale_halves_at_an_overflow_and_doubles_after_patience():
     scale, seen = LossScale(8.0, patience=3), []
-    for finite in (True, True, False, True, True, True, True, True, False):
+    for finite in (True, True, False, *[True] * 7, False):
         scale.after(finite)
         seen.append(scale.scale)
-    assert seen == [8, 8, 4, 4, 4, 8, 8, 8, 4]
+    assert seen == [8, 8, 4, 4, 4, 8, 8, 8, 16, 16, 8]
     twin = LossScale()
     twin.load_tensors(scale.tensors())
     assert (twin.scale, twin.good) == (scale.scale, scale.good)
@@ -270,6 +280,24 @@ def test_what_is_no_number_is_named_moves_nothing_and_is_seen_again(where, tmp_p
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
     write_replay(path := tmp_path / "step.safetensors", model, batches, dtype)
     assert re.search(said, replay(path))
+
+
+def test_a_loss_that_is_no_number_is_not_the_loss_scale_s_fault():
+    model, config, scale = Transformer(SMALL), OptimConfig("adamw"), LossScale()
+    optimizer = build(model.named_parameters(), config)
+    said = spoil(model, "layer")
+    with pytest.raises(NotFinite, match=said):
+        update(model, [batch_for(0, 1)], optimizer, 0.1, config, torch.float16, scale)
+    assert scale.scale == 2.0**16
+    scale.scale = 0.5  # below 1 a scale helps no more
+    model = Transformer(SMALL)
+    spoil(model, "gradient")
+    one = batch_for(0, 1)
+    one.targets[:, 1:] = IGNORE
+    optimizer = build(model.named_parameters(), config)
+    with pytest.raises(NotFinite, match="the gradient of"):
+        model.embedding.data.mul_(1.05)
+        update(model, [one], optimizer, 0.1, config, torch.float16, scale)
 
 
 def test_a_replay_of_a_good_step_says_so(tmp_path):
