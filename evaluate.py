@@ -194,12 +194,12 @@ class Reach(NamedTuple):
     """What one trained model makes of longer texts."""
 
     at: list[float]  # mean loss at each of MULTIPLES
-    places: Tensor  # mean loss at each place of the longest
+    places: Tensor  # how much higher it is at each place of the longest than in rows of T
 
 
 def reach(model: Transformer, windows: Tensor, T: int) -> Reach:
     every = [token_losses(model, windows, n * T) for n in MULTIPLES]
-    return Reach([x.mean().item() for x in every], every[-1].mean(0).cpu())
+    return Reach([x.mean().item() for x in every], (every[-1] - every[0]).mean(0).cpu())
 
 
 def stretched(model: Transformer, scaling: str) -> Transformer:
@@ -246,8 +246,11 @@ def show_length(found: dict[str, list[Reach]], T: int) -> str:
 
 
 def draw_length(found: dict[str, list[Reach]], T: int, path: Path) -> None:
-    """Left the loss at each length with its interval, right at each place of the longest rows."""
-    together, lengths = max(1, T // 4), [n * T for n in MULTIPLES]
+    """Left the loss at each length with its interval, right what the longest rows change by place.
+
+    Right, how hard the text is at a place falls out: the same tokens are compared.
+    """
+    together, lengths = max(1, T // 2), [n * T for n in MULTIPLES]
     best = min(min(r.at) for runs in found.values() for r in runs)
     with picture(path, 2, (12, 4.8)) as (left, right):
         for kind, runs in found.items():
@@ -260,11 +263,12 @@ def draw_length(found: dict[str, list[Reach]], T: int, path: Path) -> None:
             right.plot(x, places.tolist(), **style)
         for axes in (left, right):
             axes.axvline(T, color="#777777", linestyle="--", linewidth=1)
-            axes.set(ylabel="nats per token", ylim=(best - 0.1, best + 1))
         left.set_xscale("log", base=2)
         left.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        left.set(xlabel="tokens; trained at the dashed line", title="all tokens, by length of row")
-        right.set(xlabel="place in the row", title=f"rows of {lengths[-1]:,} tokens, by place")
+        left.set(title="all tokens, by length of row", xlabel="tokens; trained at the dashed line")
+        left.set(ylabel="nats per token", ylim=(best - 0.1, best + 1))
+        right.set(title=f"{lengths[-1]:,} tokens against {T:,}", xlabel="place in the row")
+        right.set(ylabel="nats per token more than in the short row", ylim=(-0.2, 0.6))
         left.legend(frameon=False, ncol=2)
 
 
