@@ -30,9 +30,12 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 
+from attention import causal_mask, full_mask
+from kernels.mask import visible
 from model import ACTIVATIONS, PRESETS, ModelConfig, preset_in
 from presets import PUBLISHED
 from run import UserError, main, table
+from sparse import PATTERNS
 from step import machine, matmul_peak
 
 Parts = dict[str, int]
@@ -105,7 +108,14 @@ def pooler(c: ModelConfig) -> int:
 
 
 def pairs(c: ModelConfig, T: int, causal: bool) -> int:
-    """How many pairs (t, s) of T tokens see each other: T², causally T (T+1)/2, or in a window."""
+    """How many pairs (t, s) of T tokens see each other: T², causally T (T+1)/2, or in a window.
+
+    Of block-sparse patterns the pairs are counted one by one.
+    """
+    if c.attention in PATTERNS:
+        mask = causal_mask(T) if causal else full_mask(T, T)
+        mask = replace(mask, at=torch.arange(T)[None])
+        return int(visible(PATTERNS[c.attention](mask, T, c), T).sum())
     w = min(c.window, T) if c.attention == "sliding" else T
     before = w * (w - 1) // 2 + (T - w) * (w - 1)  # Σ min(t, w − 1) for t from 0: s < t
     return T + before * (1 if causal else 2)
@@ -115,8 +125,10 @@ def forward_flops(c: ModelConfig, T: int, seen: bool = False, source: int = 0) -
     """A row of T tokens through the model, by part; an encdec reads `source` (0: T) and writes T.
 
     Weights: 2·T each. Scores, QKᵀ and PV: 4·HD for each pair of tokens; for all T² of them, as the
-    papers count and the obvious version multiplies, or only for the pairs that see each other
-    (full and sliding; what another kind of attention saves is not counted).
+    papers count and the obvious version multiplies, or only for the pairs that see each other.
+    There Performer has its M features instead: 2·M(2D + 1) a token for each query head, φ(q) and
+    what it meets, and for each key head, φ(k) and Σ φ(k) (v, 1)ᵀ (in chunks of causal text a
+    little more).
     """
     C, HD = c.dim, c.heads * c.head_dim
     counted = {"attention": 0, "scores": 0, "positions": 0, "feed-forward": 0,
@@ -124,9 +136,13 @@ def forward_flops(c: ModelConfig, T: int, seen: bool = False, source: int = 0) -
     *before, (_, looks, _) = stacks(c)
     S, cross = source or T, looks - 1
     for (layers, _, causal), n in zip(stacks(c), (*(S for _ in before), T), strict=True):
-        own = pairs(c, n, causal) if seen else n * n
+        if seen and c.attention == "performer":
+            heads = c.heads + c.kv_heads_or_heads
+            counted["scores"] += layers * 2 * n * c.features * heads * (2 * c.head_dim + 1)
+        else:
+            own = pairs(c, n, causal) if seen else n * n
+            counted["scores"] += layers * 4 * HD * own
         counted["attention"] += layers * 2 * n * attention_weights(c)
-        counted["scores"] += layers * 4 * HD * own
         counted["feed-forward"] += layers * ffn_matrices(c) * 2 * n * C * c.ffn_width
         if c.position == "relative":
             counted["positions"] += layers * 2 * n * HD * (2 * c.reach + 1)

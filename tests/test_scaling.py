@@ -49,6 +49,7 @@ from scaling import (
     state_bytes,
     utilization,
 )
+from sparse import PATTERNS
 
 small = st.integers(1, 5)
 
@@ -188,10 +189,21 @@ def test_one_more_token_costs_what_torch_counts(config, past):
     assert got == decode_flops(config, past + 1)
 
 
-@pytest.mark.parametrize("attention", SIMPLE["attention"])
-@given(st.integers(1, 12), st.integers(1, 20))
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 12), st.integers(1, 20), st.integers(1, 3))
+def test_performer_s_features_cost_what_torch_counts(kv_heads, T, features, layers):
+    config = ModelConfig(
+        arch="encoder", dim=16, heads=4, kv_heads=kv_heads, layers=layers, context=12,
+        vocab_size=7, attention="performer", features=features, position="learned", qk_norm=False,
+    )  # fmt: skip
+    model, ids = Transformer(config, 0), torch.zeros((1, T), dtype=torch.long)
+    _, got = counted(lambda: model.logits(model(ids)))
+    assert got == sum(forward_flops(config, T, seen=True).values())
+
+
+@pytest.mark.parametrize("attention", [*SIMPLE["attention"], *PATTERNS])
+@given(st.integers(1, 12), st.integers(1, 90))
 def test_pairs_are_those_that_the_mask_shows(attention, window, T):
-    config = ModelConfig(attention=attention, window=window)
+    config = ModelConfig(attention=attention, window=window, block=16)
     for causal, mask in ((True, causal_mask(T)), (False, full_mask(T, T))):
         mask = replace(mask, at=torch.arange(T)[None])
         mask = ATTENTIONS[config.attention].narrow(mask, T, config)
