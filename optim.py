@@ -297,14 +297,24 @@ class AdamW(Optimizer):
     def fresh(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """On CUDA the groups that differ only in their decay move together, in one launch."""
+        self.waiting: dict[tuple, tuple[list, ...]] = {}
+        loss = super().step(closure)
+        for (t, lr, *rest), (*arrays, decays) in self.waiting.items():
+            adamw_triton(*arrays, t, lr, decays, *rest, 1.0, self.table)
+        return loss
+
     def move(self, params: list[Tensor], group: dict[str, Any]) -> None:
         t, lr, decay, betas, eps = (group[k] for k in ("t", "lr", "weight_decay", "betas", "eps"))
         g, m, v = [p.grad for p in params], self.held(params, "m"), self.held(params, "v")
         if decay and not self.decoupled:
             g, decay = torch._foreach_add(g, params, alpha=decay), 0.0
         if all(p.is_cuda and p.dtype == torch.float32 for p in params):
-            decays = [decay] * len(params)
-            adamw_triton(params, g, m, v, t, lr, decays, *betas, eps, 1.0, self.table)
+            lists = self.waiting.setdefault((t, lr, *betas, eps), ([], [], [], [], []))
+            for known, more in zip(lists, (params, g, m, v, [decay] * len(params)), strict=True):
+                known.extend(more)
             return
         for arrays in zip(params, g, m, v, strict=True):
             if arrays[0].device.type == "cpu" and all(x.is_contiguous() for x in arrays):

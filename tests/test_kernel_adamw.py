@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kernels.adamw as ours
 from kernels.adamw import Table, adamw_obvious, adamw_triton
-from optim import AdamW, OptimConfig
+from optim import OptimConfig, build
 
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on
 SIZES = (0, 1, 3, 1000, 65537)  # empty, masked, several blocks, several programs
@@ -214,21 +214,21 @@ def test_the_optimizer_moves_all_its_tensors_in_one_launch(monkeypatch):
     monkeypatch.setattr(ours, "adamw_kernel", Recorder(ours.adamw_kernel))
     names = ["layers.0.up.weight", "embedding", "layers.0.norm.weight"]
     p, g, _, _ = state_for(4, [(5, 3), (7, 3), (3,)])
-    config = OptimConfig("adamw", weight_decay=0.3)
+    config = OptimConfig("adamw", lr=0.1, weight_decay=0.3)
     twins = {n: x.cpu().clone() for n, x in zip(names, p, strict=True)}
     moved = {n: x.as_subclass(Elsewhere) for n, x in zip(names, p, strict=True)}
-    optimizers = AdamW(moved.items(), config), AdamW(twins.items(), config)
+    optimizers = build(moved.items(), config), build(twins.items(), config)
     for step in range(3):
         for params, optimizer in zip((moved, twins), optimizers, strict=True):
             for (_, x), gradient in zip(params.items(), g, strict=True):
                 x.grad = (gradient * (step + 1)).to(x.device)
-            optimizer.step(0.1)
+            optimizer.step()
     assert ours.adamw_kernel.launches == 3
-    for name in names:
-        for got, want in ((moved, twins), (optimizers[0].m, optimizers[1].m),
-                          (optimizers[0].v, optimizers[1].v)):  # fmt: skip
-            got = got[name].as_subclass(torch.Tensor).cpu()
-            torch.testing.assert_close(got, want[name], rtol=1e-5, atol=1e-6)
+    states = [{**o.tensors(), **some} for o, some in zip(optimizers, (moved, twins), strict=True)]
+    assert len(states[0]) == len(states[1]) == 2 + 3 * len(names)
+    for name, want in states[1].items():
+        got = states[0][name].as_subclass(torch.Tensor).cpu()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(CUDA, reason="addresses of this machine's memory")
