@@ -14,7 +14,7 @@ from test_train import EACH, write_texts
 from data import prepare
 from guard import AGAIN, LEAST, GuardConfig, deviations, failing, fit, spike
 from run import Run, UserError
-from step import replay
+from step import Update, replay
 from train import complete, loop
 from training import Training, kept_skips, stored
 
@@ -69,6 +69,32 @@ def test_noise_is_no_spike_and_a_fall_is_none(seed):
     run = noisy(seed)
     assert not any(spike(ON, run[max(0, i - 100) : i], now) for i, now in enumerate(run))
     assert not spike(ON, run[-100:], (1e-3, 1e-3))
+
+
+def test_a_norm_may_jump_half_as_far_again():
+    """Neighbours in e^0.1: a deviation is 0.1·1.4826/√2, above its floor of 0.1."""
+    past = [(1.1 ** (i % 2), math.exp(0.1 * (i % 2))) for i in range(50)]
+    one = 0.1 * 1.4826 / 2**0.5
+    for far, jumped in ((6.5, ""), (10.0, ""), (11.5, "gradient's norm")):
+        now = (1.0, math.exp(0.05 + far * one))
+        assert jumped in spike(ON, past, now) and bool(spike(ON, past, now)) == bool(jumped)
+    assert spike(ON, past, (math.exp(0.05 + 8 * one), 1.0))
+
+
+def test_an_update_that_fp16_skipped_is_no_spike(tmp_path, monkeypatch):
+    config, corpus = start(replace(LONG, steps=2, dtype="float16"), tmp_path, monkeypatch)
+    training = Training(config, corpus)
+    training.past = [(1.0, 1.0)] * 50
+    assert training.jumped(Update(1.0, 9, math.inf, False)) == ""
+    assert training.past == [(1.0, 1.0)] * 50
+    assert "jumped" in training.jumped(Update(1.0, 9, math.inf, True))
+
+
+def test_a_forecast_neither_rises_nor_falls_below_nothing():
+    steps = [100 * i for i in range(1, 9)]
+    falling = fit(steps, [8 - 0.9 * i for i in range(1, 9)])
+    rising = fit(steps, [1 + 0.1 * i for i in range(1, 9)])
+    assert falling.a >= 0 and rising.b >= 0 and falling.at(10**9) >= 0
 
 
 @pytest.mark.parametrize("bad", [{"window": 5}, {"window": 10**6}, {"skip": 0}, {"spike": math.nan},
