@@ -41,7 +41,7 @@ from objectives import causal
 from optim import OptimConfig, build, learning_rate
 from packing import Mixture
 from positions import POSITIONS
-from run import RUNS, Run, UserError, main, picture
+from run import RUNS, Run, UserError, main, picture, table
 from step import LossScale, NotFinite, pick_device, to, update
 
 # --- what all have in common ----------------------------------------------------------------------
@@ -113,12 +113,12 @@ def draw_losses(found: dict[str, list[float]], title: str, path: Path, known: fl
 
 def show_losses(found: dict[str, list[float]], steps: int, known: float) -> str:
     marks = sorted({max(1, steps * part // 4) for part in (1, 2, 3, 4)})
-    lines = ["nats per token at step".ljust(30) + "".join(f"{n:>10,}" for n in marks)]
+    lines = [("nats per token at step", *(f"{n:,}" for n in marks))]
     for name, losses in found.items():
         means = smooth(losses)
         cells = (f"{means[n - 1]:.3f}" if n <= len(means) else "no number" for n in marks)
-        lines.append(f"{name:30}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join([*lines, f"{'only frequencies known':30}{known:>10.3f}"])
+        lines.append((name, *cells))
+    return table(*lines, ("only frequencies known", *[f"{known:.3f}"] * len(marks)))
 
 
 def frequencies(corpus: Corpus) -> float:
@@ -237,12 +237,12 @@ def cells(runs: list[Reach]) -> list[tuple[float, float]]:
 
 def show_length(found: dict[str, list[Reach]], T: int) -> str:
     """Nats per token at each length, the best at the longest first."""
-    lines = ["nats per token of rows of".ljust(28) + "".join(f"{n * T:>16,}" for n in MULTIPLES)]
-    table = {kind: cells(runs) for kind, runs in found.items()}
-    for kind, row in sorted(table.items(), key=lambda item: item[1][-1][0]):
+    lines = [("nats per token of rows of", *(f"{n * T:,}" for n in MULTIPLES))]
+    rows = {kind: cells(runs) for kind, runs in found.items()}
+    for kind, row in sorted(rows.items(), key=lambda item: item[1][-1][0]):
         said = (f"{m:.3f}" + (f" ± {half:.3f}" if half < math.inf else "") for m, half in row)
-        lines.append(f"{kind:28}" + "".join(f"{cell:>16}" for cell in said))
-    return "\n".join(lines)
+        lines.append((kind, *said))
+    return table(*lines)
 
 
 def draw_length(found: dict[str, list[Reach]], T: int, path: Path) -> None:

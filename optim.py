@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import Table, adamw_triton
-from run import RUNS, UserError, main, picture
+from run import RUNS, UserError, main, picture, table
 
 CHUNK = 1 << 16  # weights at a time on a CPU: all five arrays of an AdamW update stay in the cache
 BELOW_1 = math.nextafter(1, 0)
@@ -40,13 +40,14 @@ RANGES = {  # of settings: beyond them weights are no numbers any more
     "eps": (1e-30, 1.0), "clip": (0, 1e30), "warmup": (0, BELOW_1), "decay": (0, 1),
     "final": (0, 1),
 }  # fmt: skip
+KINDS = ("muon", "adamw", "adam", "adafactor", "sgd")  # what `build` makes
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: Literal["muon", "adamw", "adam", "adafactor", "sgd"] = (
+    name: Literal[KINDS] = (
         "muon"  # what moves the matrices inside the blocks; muon leaves the rest to adamw
     )
     lr: float = 0.01  # highest learning rate; updates of one size in all but sgd, which wants 0.1
@@ -442,9 +443,6 @@ class Muon(AdamW):
                 p.sub_(u, alpha=scale)
 
 
-KINDS = ("muon", "adamw", "adam", "adafactor", "sgd")
-
-
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -477,12 +475,11 @@ def script() -> None:
         ramp = Ramp(full=512, first=16, over=128 * steps)
         batch.plot([ramp.rows(step) for step in range(steps)], color="#c8442d")
         batch.set(xlabel="step", title="rows of an update that grows from 16 to 512")
-    print(f"{'':12}{'bytes of state':>16}{'milliseconds':>16}")
-    print(f"{'':12}{'per weight':>16}{'per 10⁶ weights':>16}")
+    lines = [("", "bytes of state per weight", "milliseconds per 10⁶ weights")]
     for name in KINDS:
         size, seconds = costs(name)
-        print(f"{name:12}{size:16.3f}{1e3 * seconds:16.2f}")
-    print(f"\npicture: {path}")
+        lines.append((name, f"{size:.3f}", f"{1e3 * seconds:.2f}"))
+    print(f"{table(*lines)}\n\npicture: {path}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from attention import Attention, KeyValue, Mask
 from model import Block, ModelConfig, Transformer, count_parameters, preset_in
 from objectives import Batch
 from positions import Rotation
-from run import RUNS, UserError, generator, main, picture
+from run import RUNS, UserError, generator, main, picture, table
 from step import accumulate, loss_sum, machine
 
 What = Literal["none", "attention", "blocks"]
@@ -133,18 +133,14 @@ class RecomputedBlock(Block):
     """A block that keeps its input: the stream, and in a decoder with an encoder its memory."""
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Mask,
-        rotation: Rotation | None = None,
-        past: KeyValue | None = None,
-        memory: KeyValue | None = None,
-        cross_mask: Mask | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+        self, x: Tensor, mask: Mask, rotation: Rotation | None = None,
+        past: KeyValue | None = None, *crossed: KeyValue | Mask | None,
+    ) -> tuple[Tensor, KeyValue]:  # fmt: skip
+        """crossed: memory and its mask."""
         plain = super().forward
         if not pays(x, past):
-            return plain(x, mask, rotation, past, memory, cross_mask)
-        return recomputed(plain, self, x, mask, rotation, None, memory, cross_mask)
+            return plain(x, mask, rotation, past, *crossed)
+        return recomputed(plain, self, x, mask, rotation, None, *crossed)
 
 
 class RecomputedAttention(Attention):
@@ -298,13 +294,20 @@ def measure(config: Settings) -> dict[str, tuple[int, LiveBytes, list[float]]]:
 def show(found: dict[str, tuple[int, LiveBytes, list[float]]]) -> None:
     """A table. A ratio of times is the median over rounds, in which all kinds take turns."""
     whole, _, plain = found["none"]
-    print(f"\n{'recomputed':>10}{'kept MB':>10}{'saved':>8}{'peak MB':>10}{'ms':>8}{'time':>8}")
+    lines = [("recomputed", "kept MB", "saved", "peak MB", "ms", "time")]
     for what, (kept, live, times) in found.items():
         ratio = median(t / p for t, p in zip(times, plain, strict=True))
-        print(
-            f"{what:>10}{kept / 1e6:10.1f}{1 - kept / whole:8.1%}{live.peak / 1e6:10.1f}"
-            f"{1e3 * median(times):8.0f}{ratio:7.2f}×"
+        lines.append(
+            (
+                what,
+                f"{kept / 1e6:.1f}",
+                f"{1 - kept / whole:.1%}",
+                f"{live.peak / 1e6:.1f}",
+                f"{1e3 * median(times):.0f}",
+                f"{ratio:.2f} ×",
+            )
         )
+    print(f"\n{table(*lines)}")
     print("\nkept: for the backward pass, what the loss keeps included; saved: of that")
 
 
