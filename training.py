@@ -238,24 +238,29 @@ class Training:
     def go_back(self, why: str, run: Run) -> None:
         """To a checkpoint that has read no row of the last few updates, which are passed over.
 
+        If all that are kept have read some of them, to the oldest.
         The list of what is passed over is written first: whoever goes on with the run from there
         knows it, and which checkpoints have seen too much.
         """
-        step, first, every = self.step, self.starts[0], self.config.save_every
-        earlier = [
-            step_of(path) for path in run.checkpoints()
-            if step_of(path) % every == 0 and damage(path) is None
-            and read_json(path / "train_state.json").get("row", math.inf) <= first
-        ]  # fmt: skip
-        back_to = max(earlier, default=0)
+        step, every = self.step, self.config.save_every
+        rows = {0: 0} if step <= 2 * every else {}  # read before a step that one can go back to
+        for path in run.checkpoints():
+            if step_of(path) % every == 0 and damage(path) is None:
+                rows[step_of(path)] = read_json(path / "train_state.json").get("row", math.inf)
+        if not rows:
+            raise UserError(
+                f"step {step}: {why}; there is no whole checkpoint to go back to: start again"
+            )
+        earlier = [n for n, row in rows.items() if row <= self.starts[0]]
+        back_to = max(earlier, default=min(rows))
         again = [s for s in self.skips if s.back_to >= back_to]
-        if len(again) >= AGAIN or (not earlier and step > 2 * every):
+        if len(again) >= AGAIN:
             raise UserError(
                 f"step {step}: {why}; this is no accident, as it is the spike number "
                 f"{len(again) + 1} behind step {back_to}: lower --optim.lr from "
                 f"{self.config.optim.lr} and start again"
             )
-        skip = Skip(first, self.row, step, back_to, why)
+        skip = Skip(max(self.starts[0], rows[back_to]), self.row, step, back_to, why)
         keep_skips(run, [*self.skips, skip])
         self.load(run)
         run.log(

@@ -215,6 +215,22 @@ def test_a_run_goes_back_behind_what_it_read_before_the_spike(tmp_path, monkeypa
     assert (skips[0].step, skips[0].back_to, skips[0].first) == (42, 30, 4 * 38)
 
 
+def test_where_every_step_is_saved_the_oldest_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
+    """It has read two of the four updates, whose rows cannot be passed over any more."""
+    config, corpus = start(replace(LONG, save_every=1), tmp_path, monkeypatch)
+    _, skips = check_recovery(config, corpus, {4 * 41})
+    assert skips[0][:4] == (4 * 40, 4 * 42, 42, 40)
+
+
+def test_a_run_without_checkpoints_cannot_go_back(tmp_path, monkeypatch):
+    config, corpus = start(LONG, tmp_path, monkeypatch)
+    training, run = poisoned(config, corpus, {4 * 41}), Run.create("", config)
+    monkeypatch.setattr(training, "save", lambda run: None)
+    with pytest.raises(UserError, match=r"step 42: .*there is no whole checkpoint to go back to"):
+        loop(training, run, 1.0)
+    assert not kept_skips(run)
+
+
 def test_a_damaged_list_of_what_is_passed_over_is_told(tmp_path, monkeypatch):
     config, corpus = start(replace(LONG, steps=2), tmp_path, monkeypatch)
     run = Run.create("", config)
