@@ -41,17 +41,28 @@ def forecast(config: Train, corpus: Corpus) -> Forecast:
     largest = fitting(plain, corpus, device_memory(real.device))
     batch = max(1, min(config.batch, largest))
     probe = Training(replace(plain, batch=batch), corpus)
-    peak, times = peak_of(probe), []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        probe.advance()
-        times.append(time.perf_counter() - start)
-    row = median(times) / (batch * plain.accumulate)
+    peak, rows = peak_of(probe), batch * plain.accumulate
+    update, fixed = seconds(probe), 0.0
+    if (few := min(batch, real.ramp.first)) < rows:  # a ramp: an update with few rows is dear
+        less = seconds(Training(replace(plain, batch=few, accumulate=1), corpus))
+        fixed = max(0.0, (less * rows - update * few) / (rows - few))
+    row = (update - fixed) / rows
     measurements = math.ceil(config.steps / config.evaluate_every) + 1  # one when all is done
     return Forecast(
-        batch, largest, state_bytes(real), peak, row * real.ramp.full,
-        row * real.ramp.seen(config.steps) + measurements * measuring(probe),
+        batch, largest, state_bytes(real), peak, fixed + row * real.ramp.full,
+        fixed * config.steps + row * real.ramp.seen(config.steps)
+        + measurements * measuring(probe),
     )  # fmt: skip
+
+
+def seconds(training: Training) -> float:
+    """What an update takes, as the median of some."""
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        training.advance()
+        times.append(time.perf_counter() - start)
+    return median(times)
 
 
 def fitting(config: Train, corpus: Corpus, there: float) -> int:
