@@ -20,6 +20,7 @@ from step import device_memory, evaluate
 from training import Train, Training
 
 STEPS = 10  # updates of the probe
+MOST = 10**9  # rows that one can speak of
 
 
 class Forecast(NamedTuple):
@@ -68,30 +69,37 @@ def seconds(training: Training) -> float:
 def fitting(config: Train, corpus: Corpus, there: float) -> int:
     """The most rows at once whose update takes no more than so many bytes, or many enough.
 
-    Twice as many rows are tried as long as they fit for sure: tensors at most double.
+    More rows are tried as long as they fit for sure: what comes to weights and optimizer grows at
+    most as the rows do, gradients included, as not all of them are there at the peak.
     """
-    rows, state = 1, state_bytes(Training(config, corpus))
-    before = (0, state)
+    rows, real = 1, Training(config, corpus)
+    held, known = state_bytes(real) - gradient_bytes(real), (0, state_bytes(real))
     while True:
         peak = peak_of(Training(replace(config, batch=rows), corpus))
-        row = max(1.0, (peak - before[1]) / (rows - before[0]))
-        most = rows + math.floor((there - peak) / row) if there < math.inf else config.batch
-        if rows == config.batch or 2 * peak - state > there:
-            return max(0, most)
-        before, rows = (rows, peak), min(2 * rows, config.batch)
+        if rows == config.batch:  # it fits: how many more would, by the bytes of the last rows?
+            row = max(1.0, (peak - known[1]) / (rows - known[0]))
+            return rows + max(0, math.floor(min(MOST, (there - peak) / row)))
+        sure = math.floor(min(config.batch, rows * (there - held) / (peak - held)))
+        if sure <= rows:
+            return max(0, sure)
+        known, rows = (rows, peak), min(sure, 2 * rows)
 
 
 def peak_of(training: Training) -> int:
     """The most bytes of tensors that are alive in an update."""
-    gradients = sum(p.nbytes for p in training.model.parameters())
     with LiveBytes() as live:
         training.advance()
-    return state_bytes(training) - gradients + live.peak
+    return state_bytes(training) - gradient_bytes(training) + live.peak
 
 
 def state_bytes(training: Training) -> int:
-    weights = sum(p.nbytes for p in training.model.parameters())
-    return 2 * weights + sum(x.nbytes for x in training.optimizer.tensors().values())
+    tensors = training.optimizer.tensors().values()
+    return 2 * gradient_bytes(training) + sum(x.nbytes for x in tensors)
+
+
+def gradient_bytes(training: Training) -> int:
+    """As many as those of the weights."""
+    return sum(p.nbytes for p in training.model.parameters())
 
 
 def measuring(training: Training, most: int = 4) -> float:

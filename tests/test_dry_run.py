@@ -70,13 +70,22 @@ def test_the_peak_is_that_of_a_run(folder, config):
 
 def test_a_batch_that_does_not_fit_is_told_with_one_that_does(folder, monkeypatch):
     config, corpus = prepared(SETTINGS[0])
+    peak_of = dry_run.peak_of
     peaks = [dry_run.peak_of(Training(replace(config, batch=n), corpus)) for n in range(1, 9)]
     assert peaks == sorted(peaks)
     for rows in (1, 3, 5, 7):
         there = (peaks[rows - 1] + 9 * peaks[rows]) / 10  # hardly too little for one more
         monkeypatch.setattr(dry_run, "device_memory", lambda device, there=there: there)
+        tried = []
+
+        def watching(training, tried=tried):
+            tried.append((training.config.batch, peak_of(training)))
+            return tried[-1][1]
+
+        monkeypatch.setattr(dry_run, "peak_of", watching)
         said = dry_run.forecast(config, corpus)
         assert said.batch == said.largest in (rows - 1, rows, 1) and said.peak <= there
+        assert all(peak <= there for batch, peak in tried if batch > 1)  # none that may not fit
     assert f"--batch 8 does not fit, {said.batch} does" in dry_run.in_words(said, config)
     monkeypatch.setattr(dry_run, "device_memory", lambda device: math.inf)
     assert "--batch 8 fits" in dry_run.in_words(dry_run.forecast(config, corpus), config)
