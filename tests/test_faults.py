@@ -44,7 +44,7 @@ def texts(tmp_path, monkeypatch) -> Path:
 
 # --- processes that are killed --------------------------------------------------------------------
 
-LONG = [*TINY, "--steps", "300", "--save-every", "2", "--evaluate-every", "50"]
+LONG = [*TINY, "--steps", "300", "--save-every", "1", "--evaluate-every", "50"]
 
 
 def kill_at_random(name: str, rng: random.Random, kills: int) -> Counter:

@@ -540,6 +540,14 @@ def test_only_the_newest_checkpoints_are_kept(steps):
     assert len(list((mine.folder / "checkpoints").iterdir())) == min(len(steps), KEEP)
 
 
+def test_a_checkpoint_that_an_interrupt_made_takes_no_other_ones_place():
+    """Steps 0, 10, 20, … are kept as if nobody had stopped the run at 13 and at 27."""
+    mine = fresh()
+    for step in (10, 13, 20, 27):
+        mine.save(step, {"w": torch.ones(3)}, {"m": torch.ones(2)}, {"row": 1}, every=10)
+    assert [int(path.name[5:]) for path in mine.checkpoints()] == [27, 20, 10]
+
+
 def harm(path: Path, kind: str, at: float) -> None:
     content = path.read_bytes()
     place = int(at * len(content))
