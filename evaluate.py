@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Corpus, DataConfig, TokenizerConfig, prepare
+from dropout import drawn_from
 from model import ORDERS, ModelConfig, Transformer
 from objectives import causal
 from optim import OptimConfig, build, learning_rate
@@ -69,7 +70,9 @@ def learn(
     optimizer = build(model.named_parameters(), how.optim)
     rows = Mixture(corpus.train, T, corpus.tokenizer.end_of_text, seed, corpus.parts)
     for step in range(how.steps):
-        batch = to(causal(rows.take(how.batch)), model.embedding.device)
+        draws = drawn_from(seed, step, step * how.batch, how.batch)
+        batch = replace(causal(rows.take(how.batch)), draws=draws)
+        batch = to(batch, model.embedding.device)
         lr = learning_rate(how.optim, step, how.steps)
         yield update(model, [batch], optimizer, lr, how.optim, dtype, scale).loss
 

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import ATTENTIONS, Attention, KeyValue, Linear, Mask, causal_mask, full_mask
+from dropout import Drop
 from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
@@ -108,6 +109,7 @@ class ModelConfig:
     rope_low: float = 1.0  # llama3: fewer times than this, so that it is divided
     rope_high: float = 4.0  # llama3: more often than this, so that it stays
     norm_eps: float = 1e-5  # added to the variance
+    dropout: float = 0.0  # share of each branch's numbers that training forgets
 
     def __post_init__(self):
         if min(self.dim, self.layers, self.heads, self.context, self.rope_context) < 1:
@@ -115,7 +117,7 @@ class ModelConfig:
                 "--model.dim, layers, heads, context and rope-context must each be at least 1"
             )
         for name, value in vars(self).items():
-            end = LARGEST if isinstance(value, int) else inf
+            end = 1 if name == "dropout" else LARGEST if isinstance(value, int) else inf
             if not isinstance(value, str) and not 0 <= value < end:
                 flag = name.replace("_", "-")
                 raise UserError(f"--model.{flag} {short(value)} must be 0 or more, below {end:,}")
@@ -305,8 +307,10 @@ def deepnorm(config: ModelConfig, encoder: bool) -> Depth:
 class Block(nn.Module):
     """Attention, in a decoder that has an encoder also cross attention, and feed-forward."""
 
-    def __init__(self, config: ModelConfig, encoder: bool):
+    def __init__(self, config: ModelConfig, encoder: bool, number: int):
+        """number: of this block in its whole stack, whoever holds which part of it."""
         super().__init__()
+        self.place = 8 * number + 4 * encoder  # of its branches, for dropout
 
         def norm() -> nn.Module:
             return NORMS[config.norm](config.dim, config.norm_eps, config.bias)
@@ -326,6 +330,7 @@ class Block(nn.Module):
         past: KeyValue | None = None,
         memory: KeyValue | None = None,
         cross_mask: Mask | None = None,
+        drop: Drop | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x (B T C) to x (B T C), and this block's new keys and values."""
         new = []
@@ -339,8 +344,10 @@ class Block(nn.Module):
         if self.cross is not None:
             norms.append(self.cross_norm)
             branches.append(lambda h: self.cross.look_at(h, memory, cross_mask))
-        x = self.order(x, [*norms, self.ffn_norm], [*branches, self.ffn], self.alpha)
-        return x, new[0]
+        branches.append(self.ffn)
+        if drop is not None:
+            branches = [drop.behind(f, self.place + n) for n, f in enumerate(branches)]
+        return self.order(x, [*norms, self.ffn_norm], branches, self.alpha), new[0]
 
 
 class Stack(nn.Module):
@@ -350,7 +357,7 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.position = POSITIONS[config.position](config, not encoder)
-        self.layers = nn.ModuleList(Block(config, encoder) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, encoder, i) for i in range(config.layers))
         norm = NORMS[config.norm]
         self.embed_norm = norm(config.dim, config.norm_eps, True) if config.embed_norm else None
         last = config.order == "pre"
@@ -364,6 +371,7 @@ class Stack(nn.Module):
         past: list[KeyValue] | None = None,
         memory: list[KeyValue] | None = None,
         cross_mask: Mask | None = None,
+        draws: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Embeddings x (B T C) to hidden states, and each layer's new keys and values."""
         T = x.shape[1]
@@ -374,10 +382,12 @@ class Stack(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         rotation = self.position.rotation(positions)
+        p = self.config.dropout
+        drop = Drop(p, draws, at) if p and draws is not None else None
         new = []
         for i, layer in enumerate(self.layers):
             parts = (some[i] if some else None for some in (past, memory))
-            x, kv = layer(x, mask, rotation, *parts, cross_mask)
+            x, kv = layer(x, mask, rotation, *parts, cross_mask, drop)
             new.append(kv)
         return x if self.norm is None else self.norm(x), new
 
@@ -442,6 +452,7 @@ class Transformer(Stack):
         mask: Mask | None = None,
         positions: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        draws: Tensor | None = None,
     ) -> list[KeyValue]:
         """Of an encdec: what each layer of the decoder looks at, made of the source ids (B S).
 
@@ -450,7 +461,8 @@ class Transformer(Stack):
         S = ids.shape[1]
         positions = torch.arange(S, device=ids.device)[None] if positions is None else positions
         mask = mask or full_mask(S, S, ids.device)
-        hidden, _ = self.encoder.through(self.embed(ids, None, dtype), positions, mask)
+        x = self.embed(ids, None, dtype)
+        hidden, _ = self.encoder.through(x, positions, mask, draws=draws)
         return [layer.cross.keys_and_values(hidden) for layer in self.layers]
 
     def forward(
@@ -462,13 +474,16 @@ class Transformer(Stack):
         segments: Tensor | None = None,
         memory: list[KeyValue] | None = None,
         cross_mask: Mask | None = None,
+        draws: Tensor | None = None,
     ) -> Tensor:
         """ids (B T) to hidden states (B T C), computed in dtype (default: that of the weights).
 
         positions (B T) default to 0 … T−1, the mask to causal, in an encoder to all. An encdec
         needs the memory that `encode` makes, all of which is seen unless cross_mask says otherwise.
+        Nothing is dropped without draws (B 3), which say of what; see dropout.py.
         """
-        return self.extend(ids, None, positions, mask, dtype, segments, memory, cross_mask)[0]
+        rest = (mask, dtype, segments, memory, cross_mask, draws)
+        return self.extend(ids, None, positions, *rest)[0]
 
     def extend(
         self,
@@ -480,6 +495,7 @@ class Transformer(Stack):
         segments: Tensor | None = None,
         memory: list[KeyValue] | None = None,
         cross_mask: Mask | None = None,
+        draws: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """As `forward`, for ids that follow P past tokens; and each layer's new keys and values."""
         T = ids.shape[1]
@@ -491,7 +507,7 @@ class Transformer(Stack):
         if memory and cross_mask is None:
             cross_mask = full_mask(T, memory[0].keys.shape[2], ids.device)
         x = self.embed(ids, segments, dtype)
-        x, new = self.through(x, positions, mask, past, memory, cross_mask)
+        x, new = self.through(x, positions, mask, past, memory, cross_mask, draws)
         return x * self.config.dim**-0.5 if self.config.scaled_head else x, new
 
     def logits(self, hidden: Tensor) -> Tensor:

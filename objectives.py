@@ -65,7 +65,7 @@ class Batch:
     """Rows ready for a step, int64: (B T), and of an encoder-decoder also its source (B S).
 
     A place sees those from lo to hi, none where lo > hi. Iteration gives the tensors that there
-    are, so that Batch(*(f(x) for x in batch)) is a batch again.
+    are.
     """
 
     inputs: Tensor
@@ -77,6 +77,7 @@ class Batch:
     source_hi: Tensor | None = None
     cross_lo: Tensor | None = None  # (B T): what an input sees of the source
     cross_hi: Tensor | None = None
+    draws: Tensor | None = None  # (B 3): what dropout is drawn from; None: nothing is dropped
 
     def __post_init__(self):
         if self.hi is None:
@@ -84,6 +85,10 @@ class Batch:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (x for x in vars(self).values() if x is not None)
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch of f(x) for each of its tensors x."""
+        return Batch(**{name: f(x) for name, x in vars(self).items() if x is not None})
 
 
 def places(x: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ those, so here "attention" means queries, keys and values too, and what `relativ
 
 The model stays the same object with the same weights under the same names. Loss and gradients are
 those of the plain model bit for bit, since the same operations meet the same numbers and their
-gradients are added up in the same order. (Were random numbers drawn, they would have to be drawn
-again.) Where no gradient is asked for, and behind a past, nothing is computed twice.
+gradients are added up in the same order. Dropout is drawn again from numbers that are kept. Where
+no gradient is asked for, and behind a past, nothing is computed twice.
 
 Run: python recompute.py        memory and time of each kind, and a picture of a step's memory
      python recompute.py --model.layers 12 --dtype bfloat16
@@ -42,6 +42,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import Attention, KeyValue, Mask
+from dropout import Drop, drawn_from
 from model import Block, ModelConfig, Transformer, count_parameters, preset_in
 from objectives import Batch
 from positions import Rotation
@@ -134,13 +135,13 @@ class RecomputedBlock(Block):
 
     def forward(
         self, x: Tensor, mask: Mask, rotation: Rotation | None = None,
-        past: KeyValue | None = None, *crossed: KeyValue | Mask | None,
+        past: KeyValue | None = None, *more: KeyValue | Mask | Drop | None,
     ) -> tuple[Tensor, KeyValue]:  # fmt: skip
-        """crossed: memory and its mask."""
+        """more: memory, its mask, and what is dropped."""
         plain = super().forward
         if not pays(x, past):
-            return plain(x, mask, rotation, past, *crossed)
-        return recomputed(plain, self, x, mask, rotation, None, *crossed)
+            return plain(x, mask, rotation, past, *more)
+        return recomputed(plain, self, x, mask, rotation, None, *more)
 
 
 class RecomputedAttention(Attention):
@@ -259,9 +260,11 @@ def random_batch(c: ModelConfig, rows: int, seed: int = 0) -> Batch:
     shape, rng = (rows, c.context), generator(seed, "recompute")
     ids, targets, source = torch.randint(0, c.vocab_size, (3, *shape), generator=rng)
     first, last = torch.zeros_like(ids), torch.full_like(ids, c.context - 1)
+    draws = drawn_from(seed, 0, 0, rows) if c.dropout else None
     if c.arch == "encdec":
-        return Batch(ids, targets, first, None, source, first, last, first, last)
-    return Batch(ids, targets, first, last if c.arch == "encoder" else None)
+        return Batch(ids, targets, first, None, source, first, last, first, last, draws)
+    hi = last if c.arch == "encoder" else None
+    return Batch(ids, targets, first, hi, draws=draws)
 
 
 def memory(model: Transformer, batch: Batch, dtype: torch.dtype) -> tuple[int, LiveBytes]:

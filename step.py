@@ -46,14 +46,16 @@ from run import UserError, load_tensors, main, plain, settings, write_whole
 
 
 def loss_sum(model: Transformer, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
-    """Σ −log p(target) over the batch, in nats."""
+    """Σ −log p(target) over the batch, in nats; with dropout where the batch has draws."""
     memory = crossed = None
     if batch.source is not None:
         seen = Mask(batch.source_lo, batch.source_hi)
-        memory = model.encode(batch.source, seen, dtype=dtype)
+        memory = model.encode(batch.source, seen, dtype=dtype, draws=batch.draws)
         crossed = Mask(batch.cross_lo, batch.cross_hi)
     mask = Mask(batch.lo, batch.hi)
-    hidden = model(batch.inputs, mask=mask, dtype=dtype, memory=memory, cross_mask=crossed)
+    hidden = model(
+        batch.inputs, mask=mask, dtype=dtype, memory=memory, cross_mask=crossed, draws=batch.draws
+    )
     return cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
 
 
@@ -252,7 +254,7 @@ def evaluate(
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(field.to(device, non_blocking=True) for field in batch))
+    return batch.each(lambda x: x.to(device, non_blocking=True))
 
 
 # --- a step again ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data import Corpus, DataConfig, TokenizerConfig
+from dropout import drawn_from
 from generate import Sampling, generate, load_weights
 from guard import AGAIN, LEAST, GuardConfig, Made, Skip, spike
 from kernels.cross_entropy import IGNORE
@@ -218,7 +219,9 @@ class Training:
         self.batches = []
         for done in range(0, count, c.batch):
             size = min(c.batch, count - done)
-            self.batches.append(self.batch(self.rows.take(size), "objective", self.row))
+            batch = self.batch(self.rows.take(size), "objective", self.row)
+            batch.draws = drawn_from(c.seed, self.step, self.row, size).to(self.device)
+            self.batches.append(batch)
             self.row += size
         self.lr = learning_rate(c.optim, self.step, c.steps)
         self.step += 1
@@ -404,7 +407,7 @@ class Training:
             return
         batch = self.batch(next(self.held(count)), "held out", 0)
         for number in range(min(count, len(batch.inputs))):
-            row = Batch(*(x[number : number + 1] for x in batch))
+            row = batch.each(lambda x, n=number: x[n : n + 1])
             asked, said = self.answer(row, tokens)
             yield f"{tokenizer.decode(asked)}\n→ {tokenizer.decode(said)}"
 

@@ -34,6 +34,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "presets",
         "families",
         "performer",
+        "dropout",
         "tasks",
     ],
     ["merges", "vocabulary", "sparse"],

@@ -158,6 +158,7 @@ models = st.builds(
     kv_heads=st.sampled_from([0, 1, 2]), position=drawn(ModelConfig, "position"),
     norm=drawn(ModelConfig, "norm"), activation=drawn(ModelConfig, "activation"),
     bias=st.booleans(), tied=st.booleans(), qk_norm=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.2]),
 )  # fmt: skip
 optims = st.builds(
     lambda **fields: OptimConfig(
@@ -265,7 +266,11 @@ EACH = Train(
 )  # fmt: skip
 
 
+DROPPING = replace(EACH, model=replace(EACH.model, dropout=0.4), steps=6, save_every=2)
+
+
 @example(EACH, [(0, "kill before a save")])
+@example(DROPPING, [(3, "kill"), (4, "Ctrl-C")])
 @given(configs, stops)
 def test_a_run_stopped_anywhere_ends_bit_for_bit_in_every_setting(folder, config, stops):
     check_resume(config, stops)
@@ -722,7 +727,7 @@ def test_bad_settings_in_a_config_are_refused_by_name(mine):
         ({"model": {"dim": 16.0}}, "model.dim cannot be 16.0"),
         ({"optim": {"name": "lion"}}, "optim.name cannot be 'lion'"),
         ({"data": None}, "data cannot be None"),
-        ({"dropout": 0.1}, "knows no setting 'dropout'"),
+        ({"drop": 0.1}, "knows no setting 'drop'"),
     ):
         path.write_text(json.dumps({**written, **values}))
         sentence = refusal(resumed)
