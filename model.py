@@ -374,22 +374,47 @@ class Stack(nn.Module):
         draws: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Embeddings x (B T C) to hidden states, and each layer's new keys and values."""
-        T = x.shape[1]
+        x = self.enter(x, positions)
+        x, new = self.blocks(x, positions, mask, past, memory, cross_mask, draws)
+        return self.leave(x), new
+
+    def enter(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings x (B T C) to what the first block reads."""
+        x = self.position.embed(x, positions)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def blocks(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        past: list[KeyValue] | None = None,
+        memory: list[KeyValue] | None = None,
+        cross_mask: Mask | None = None,
+        draws: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """The stream x (B T C) through all blocks, and each one's new keys and values."""
+        T = positions.shape[1]
         at, S = past[0].places(T) if past else (torch.arange(T, device=x.device), T)
         mask = ATTENTIONS[self.config.attention].narrow(replace(mask, at=at[None]), S, self.config)
         mask = self.position.scored(mask, S)
-        x = self.position.embed(x, positions)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
         rotation = self.position.rotation(positions)
-        p = self.config.dropout
-        drop = Drop(p, draws, at) if p and draws is not None else None
+        drop = self.drop(draws, at)
         new = []
         for i, layer in enumerate(self.layers):
             parts = (some[i] if some else None for some in (past, memory))
             x, kv = layer(x, mask, rotation, *parts, cross_mask, drop)
             new.append(kv)
-        return x if self.norm is None else self.norm(x), new
+        return x, new
+
+    def drop(self, draws: Tensor | None, at: Tensor) -> Drop | None:
+        """What the blocks drop of tokens at these places, if anything."""
+        p = self.config.dropout
+        return Drop(p, draws, at) if p and draws is not None else None
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What the last block wrote, to hidden states."""
+        return x if self.norm is None else self.norm(x)
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -507,8 +532,11 @@ class Transformer(Stack):
         if memory and cross_mask is None:
             cross_mask = full_mask(T, memory[0].keys.shape[2], ids.device)
         x = self.embed(ids, segments, dtype)
-        x, new = self.through(x, positions, mask, past, memory, cross_mask, draws)
-        return x * self.config.dim**-0.5 if self.config.scaled_head else x, new
+        return self.through(x, positions, mask, past, memory, cross_mask, draws)
+
+    def leave(self, x: Tensor) -> Tensor:
+        x = super().leave(x)
+        return x * self.config.dim**-0.5 if self.config.scaled_head else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (… C) to scores of the next token (… V), in fp32 or wider."""
@@ -530,14 +558,18 @@ def initialize(model: Transformer, seed: int) -> None:
     start at 1, biases at 0.
     """
     for name, p in model.named_parameters():
-        if p.dim() < 2:
-            continue
-        std = 0.02 if name.endswith(TABLES) else p.shape[1] ** -0.5
-        if name == "head" or (model.config.order == "pre" and name.endswith(WRITERS)):
-            std = 0.0
-        if name.endswith(DEEP):
-            std *= deepnorm(model.config, name.startswith("encoder.")).beta
-        p.data.copy_(torch.randn(p.shape, generator=generator(seed, f"init/{name}")) * std)
+        if p.dim() > 1:
+            p.data.copy_(drawn(name, p.shape, model.config, seed))
+
+
+def drawn(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The matrix of this name as `initialize` has it, in fp32."""
+    std = 0.02 if name.endswith(TABLES) else shape[1] ** -0.5
+    if name == "head" or (config.order == "pre" and name.endswith(WRITERS)):
+        std = 0.0
+    if name.endswith(DEEP):
+        std *= deepnorm(config, name.startswith("encoder.")).beta
+    return torch.randn(shape, generator=generator(seed, f"init/{name}")) * std
 
 
 # --- weights from files ---------------------------------------------------------------------------

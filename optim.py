@@ -220,7 +220,7 @@ def build(
         {"params": params, "weight_decay": c.weight_decay if inside else 0.0, "inside": inside}
         for inside in (True, False)
         if (params := [(n, p) for n, p in named if is_block_matrix(n, p) == inside])
-    ]
+    ] or [{"params": [], "inside": False}]  # a stage of a pipeline may be empty
     adam = {"lr": c.lr, "betas": (c.beta1, c.beta2), "eps": c.eps}
     match c.name:
         case "sgd":

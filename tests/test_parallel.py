@@ -1,0 +1,96 @@
+"""The law of parallelism: under any plan, what one process computes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import Ranks
+
+from mesh import Mesh, Plan
+from model import ModelConfig, Transformer
+from objectives import IGNORE, Batch
+from optim import OptimConfig, build
+from parallel import Part, update
+from run import generator
+from step import update as plain_update
+
+MODEL = ModelConfig(
+    dim=32, layers=5, heads=8, kv_heads=8, context=12, vocab_size=97, ffn_dim=40, bias=True,
+    norm="layernorm",
+)  # fmt: skip
+OPTIM = OptimConfig("adamw", lr=0.01, clip=0.5)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks(8)
+    yield ranks
+    ranks.close()
+
+
+def batches_of(config: ModelConfig, step: int, rows: int = 8, count: int = 1) -> list[Batch]:
+    """Random rows, of whose targets some are not asked, in some rows most."""
+    made = []
+    for n in range(count):
+        rng = generator(0, "batch", count * step + n)
+        ids, targets = torch.randint(0, config.vocab_size, (2, rows, config.context), generator=rng)
+        hidden = torch.rand(rows, config.context, generator=rng) < torch.rand(rows, 1, generator=rng)
+        lo = torch.zeros_like(ids)
+        hi = torch.full_like(ids, config.context - 1) if config.arch == "encoder" else None
+        made.append(Batch(ids, targets.masked_fill(hidden, IGNORE), lo, hi))
+    return made
+
+
+def alone(config: ModelConfig, steps: int, dtype=torch.float64):
+    """Loss and norm of each step of one process; the last gradients and weights."""
+    model = Transformer(config, 0).to(dtype)
+    optimizer = build(model.named_parameters(), OPTIM)
+    made = [
+        plain_update(model, batches_of(config, s), optimizer, 0.01, OPTIM, dtype)
+        for s in range(steps)
+    ]
+    return ([(m.loss, m.norm) for m in made], {n: p.grad for n, p in model.named_parameters()},
+            {n: p.detach() for n, p in model.named_parameters()})  # fmt: skip
+
+
+def together(config: ModelConfig, plan: Plan, steps: int, dtype=torch.float64):
+    """The same of this rank's part: of gradients and weights (place, number) each."""
+    mesh = Mesh(plan.data, plan.pipeline, plan.tensor, plan.exact)
+    if not mesh.inside:
+        return None
+    part = Part(config, plan, mesh)
+    part.initialize(0)
+    part.to(dtype)
+    optimizer = build(part.named(), OPTIM)
+    made = [
+        update(part, batches_of(config, s), optimizer, 0.01, OPTIM, plan, dtype)
+        for s in range(steps)
+    ]
+    return ([(m.loss, m.norm) for m in made], [(p.place, p.grad) for p in part.parameters()],
+            [(p.place, p.detach()) for p in part.parameters()])  # fmt: skip
+
+
+PLANS = [
+    Plan(d, p, t)
+    for n in (1, 2, 4, 8) for d in (1, 2, 4, 8) for p in (1, 2, 4, 8) for t in (1, 2, 4, 8)
+    if d * p * t == n
+]  # fmt: skip
+
+
+def assert_same(plain, found) -> None:
+    (made, grads, weights) = plain
+    seen = set()
+    for said in filter(None, found):
+        assert torch.tensor(said[0]).sub(torch.tensor(made)).abs().max() < 1e-12
+        for place, grad in said[1]:
+            whole = place.of(grads[place.name])
+            assert (grad - whole).abs().max() <= 1e-10 * (grads[place.name].abs().max() + 1e-3), place
+            seen.add(place.name)
+        for place, weight in said[2]:
+            assert (weight - place.of(weights[place.name])).abs().max() < 1e-9, place
+    assert seen == set(grads)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_any_plan_computes_what_one_process_computes(ranks, plan):
+    assert_same(alone(MODEL, 3), ranks.run(together, MODEL, plan, 3))
