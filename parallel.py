@@ -429,9 +429,9 @@ def clip(part: Part, config: OptimConfig, scale: float) -> float:
     grads = [p.grad for p in params]
     if config.clip_by == "norm" and 0 < config.clip < norm < math.inf:
         factor *= config.clip / norm
-    if factor != 1:
+    if grads and factor != 1:
         torch._foreach_mul_(grads, factor)
-    if config.clip_by == "value" and config.clip > 0:
+    if grads and config.clip_by == "value" and config.clip > 0:
         torch._foreach_clamp_min_(grads, -config.clip)
         torch._foreach_clamp_max_(grads, config.clip)
     return norm

@@ -94,3 +94,40 @@ def assert_same(plain, found) -> None:
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_any_plan_computes_what_one_process_computes(ranks, plan):
     assert_same(alone(MODEL, 3), ranks.run(together, MODEL, plan, 3))
+
+
+MIXED = [Plan(1, 1, 1), Plan(2, 2, 2), Plan(8, 1, 1), Plan(1, 8, 1), Plan(1, 1, 8), Plan(4, 1, 2),
+         Plan(1, 2, 4, schedule="gpipe"), Plan(2, 1, 4)]  # fmt: skip
+
+
+def together_exactly(config, plan, steps):
+    torch.use_deterministic_algorithms(True)
+    return together(config, replace(plan, exact=True), steps, torch.float32)
+
+
+def test_exact_plans_end_in_the_same_bits(ranks):
+    config = replace(MODEL, position="learned", dropout=0.1)
+    first, *rest = (ranks.run(together_exactly, config, plan, 4) for plan in MIXED)
+    known = {(p.name, p.part): w for p, w in first[0][2]}
+    for plan, found in zip(MIXED[1:], rest, strict=True):
+        for said in filter(None, found):
+            assert said[0] == first[0][0], plan
+            for place, weight in said[2]:
+                assert torch.equal(weight, known[place.name, place.part]), (plan, place)
+
+
+ARCHES = [  # what is cut in another way each
+    {"position": "t5"}, {"position": "alibi"}, {"position": "relative"}, {"position": "learned"},
+    {"position": "sinusoidal", "order": "deepnorm", "activation": "relu"},
+    {"arch": "encoder", "embed_norm": True, "segments": 2, "order": "post", "position": "learned"},
+    {"attention": "performer"}, {"attention": "bigbird", "block": 16}, {"tied": False},
+    {"scaled_head": True, "norm": "rmsnorm", "bias": False, "kv_heads": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ARCHES, ids=str)
+@pytest.mark.parametrize("plan", [Plan(2, 2, 2), Plan(1, 2, 4), Plan(2, 1, 4, sequence=True),
+                                  Plan(1, 3, 2, layers=(0, 5, 0), rows=3)], ids=str)
+def test_every_architecture(ranks, change, plan):
+    config = replace(MODEL, **change)
+    assert_same(alone(config, 2), ranks.run(together, config, plan, 2))
