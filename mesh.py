@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -81,7 +82,7 @@ class Plan:
         if self.layers:
             return list(self.layers)
         cuts = [count * s // self.pipeline for s in range(self.pipeline + 1)]
-        return [hi - lo for lo, hi in zip(cuts, cuts[1:], strict=False)]
+        return [hi - lo for lo, hi in pairwise(cuts)]
 
 
 # --- groups ---------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Group:
             return x
         self.count("gather", x.nbytes * (self.size - 1))
         whole = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=self.handle)
+        dist.all_gather(list(whole.chunk(self.size)), x.contiguous(), group=self.handle)
         return whole
 
     def scatter(self, x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class Group:
             return self.sum_(x.clone()).chunk(self.size)[self.index]
         self.count("scatter", x.nbytes * (self.size - 1) / self.size)
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
-        dist.reduce_scatter_tensor(part, x.contiguous(), group=self.handle)
+        dist.reduce_scatter(part, list(x.contiguous().chunk(self.size)), group=self.handle)
         return part
 
     def send(self, x: Tensor, to: int) -> Callable[[], object]:

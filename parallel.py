@@ -286,7 +286,7 @@ class Gradients:
         for p in self.params:
             p.grad = None
         while self.stack and self.stack[-1][0] == size:
-            now = torch._foreach_add(self.stack.pop()[1], now)
+            now = added(self.stack.pop()[1], now)
             size *= 2
         self.stack.append((size, now))
 
@@ -295,7 +295,7 @@ class Gradients:
         if self.exact and self.stack:
             now = self.stack.pop()[1]
             while self.stack:
-                now = torch._foreach_add(self.stack.pop()[1], now)
+                now = added(self.stack.pop()[1], now)
             for p, g in zip(self.params, now, strict=True):
                 p.grad = g
         for p in self.params:
@@ -303,9 +303,13 @@ class Gradients:
                 p.grad = torch.zeros_like(p)
 
 
+def added(some: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(some, more, strict=True)]
+
+
 def through_pipeline(
     part: Part, batches: list[Batch], plan: Plan, dtype: torch.dtype, scale: float,
-    gradients: Gradients, last: object = None,
+    gradients: Gradients, buckets: Buckets,
 ) -> list[float]:  # fmt: skip
     """Forward and backward pass of all micro-batches; the losses, in the last stage."""
     mesh, stage = part.mesh, part.mesh.pipeline.index
@@ -330,8 +334,8 @@ def through_pipeline(
             kept[step.micro] = x, y
             continue
         x, y = kept.pop(step.micro)
-        if last is not None and step == steps[-1]:
-            last.open()
+        if step == steps[-1] and not plan.exact:
+            buckets.open()
         if mesh.last:
             (y * scale).backward()
         else:
@@ -376,16 +380,12 @@ def accumulate(
     own = own_share(len(micros), plan, mesh.data.index)
     params = list(part.parameters())
     gradients = Gradients(params, plan.exact)
-    buckets = Buckets(params, mesh.data) if not plan.exact else None
+    buckets = Buckets(params, mesh.data)
     losses = through_pipeline(
         part, [micros[i] for i in own], plan, dtype, scale, gradients, buckets
     )
     gradients.finish()
-    if buckets:
-        buckets.finish()
-    else:
-        for p in params:
-            mesh.data.sum_(p.grad)
+    buckets.finish()
     add_tied(part)
     for copies, group in part.shared():
         for p in copies:

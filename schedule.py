@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: who computes which micro-batch when, checked and drawn before it runs.
+"""Pipeline schedules as data: who computes which micro-batch when, checked before it runs.
 
 Idea: a model cut into p stages is an assembly line. A stage that only waits for the others wastes
 its time, so the batch is cut into m micro-batches that follow each other. A schedule is a list of

@@ -4,6 +4,7 @@ They are joined by gloo, with one thread each, and stay for as many plans as one
 eight of them takes longer than to train under twenty plans.
 """
 
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -20,9 +21,10 @@ def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     while (job := pipe.recv()) is not None:
         function, arguments = job
         try:
-            pipe.send((True, function(*arguments)))
+            answer = True, function(*arguments)
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))  # as bytes: shared memory would want open files
     dist.destroy_process_group()
 
 
@@ -30,8 +32,11 @@ class Ranks:
     """`run(f, …)` calls f(…) on every rank; it must be a function of a module."""
 
     def __init__(self, size: int):
+        self.size, self.pipes, self.processes = size, [], []
+
+    def start(self) -> None:
+        size = self.size
         context, store = mp.get_context("spawn"), tempfile.mktemp()
-        self.pipes, self.processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, size, store, theirs), daemon=True)
@@ -39,8 +44,17 @@ class Ranks:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def run(self, function: Callable, *arguments: object, timeout: float = 300) -> list:
+    def run(self, function: Callable, *arguments: object, timeout: float = 60) -> list:
         """What each rank returns; AssertionError with its traceback if one fails."""
+        if not self.pipes:
+            self.start()
+        try:
+            return self.answers(function, arguments, timeout)
+        except BaseException:  # whoever waits for the one that failed waits for ever
+            self.close()
+            raise
+
+    def answers(self, function: Callable, arguments: tuple, timeout: float) -> list:
         for pipe in self.pipes:
             pipe.send((function, arguments))
         found: dict[int, object] = {}
@@ -48,13 +62,12 @@ class Ranks:
             ready = wait([p for r, p in enumerate(self.pipes) if r not in found], timeout)
             assert ready, f"no answer from ranks {set(range(len(self.pipes))) - set(found)}"
             for pipe in ready:
-                good, found[self.pipes.index(pipe)] = pipe.recv()
+                good, found[self.pipes.index(pipe)] = pickle.loads(pipe.recv_bytes())
                 assert good, f"rank {self.pipes.index(pipe)}:\n{found[self.pipes.index(pipe)]}"
         return [found[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
         for process in self.processes:
-            process.join(20)
             process.kill()
+            process.join()
+        self.pipes, self.processes = [], []

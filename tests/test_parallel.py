@@ -34,7 +34,9 @@ def batches_of(config: ModelConfig, step: int, rows: int = 8, count: int = 1) ->
     for n in range(count):
         rng = generator(0, "batch", count * step + n)
         ids, targets = torch.randint(0, config.vocab_size, (2, rows, config.context), generator=rng)
-        hidden = torch.rand(rows, config.context, generator=rng) < torch.rand(rows, 1, generator=rng)
+        hidden = torch.rand(rows, config.context, generator=rng) < torch.rand(
+            rows, 1, generator=rng
+        )
         lo = torch.zeros_like(ids)
         hi = torch.full_like(ids, config.context - 1) if config.arch == "encoder" else None
         made.append(Batch(ids, targets.masked_fill(hidden, IGNORE), lo, hi))
@@ -84,7 +86,9 @@ def assert_same(plain, found) -> None:
         assert torch.tensor(said[0]).sub(torch.tensor(made)).abs().max() < 1e-12
         for place, grad in said[1]:
             whole = place.of(grads[place.name])
-            assert (grad - whole).abs().max() <= 1e-10 * (grads[place.name].abs().max() + 1e-3), place
+            assert (grad - whole).abs().max() <= 1e-10 * (grads[place.name].abs().max() + 1e-3), (
+                place
+            )
             seen.add(place.name)
         for place, weight in said[2]:
             assert (weight - place.of(weights[place.name])).abs().max() < 1e-9, place
@@ -126,8 +130,16 @@ ARCHES = [  # what is cut in another way each
 
 
 @pytest.mark.parametrize("change", ARCHES, ids=str)
-@pytest.mark.parametrize("plan", [Plan(2, 2, 2), Plan(1, 2, 4), Plan(2, 1, 4, sequence=True),
-                                  Plan(1, 3, 2, layers=(0, 5, 0), rows=3)], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(2, 2, 2),
+        Plan(1, 2, 4),
+        Plan(2, 1, 4, sequence=True),
+        Plan(1, 3, 2, layers=(0, 5, 0), rows=3),
+    ],
+    ids=str,
+)
 def test_every_architecture(ranks, change, plan):
     config = replace(MODEL, **change)
     assert_same(alone(config, 2), ranks.run(together, config, plan, 2))
