@@ -31,13 +31,13 @@ from torch import Tensor
 WORD, HALF = 0xFFFFFFFF, 0xFFFF  # all bits of one
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # golden ratio, √3 − 1: what the key grows by
-ROUNDS = 10  # with 7 it passes all tests of BigCrush (Salmon et al. 2011, table 2)
+ROUNDS = 10  # Salmon et al.'s choice; from 7 on all tests of BigCrush are passed
 
 Words = tuple[Tensor | int, ...]
 
 
 def philox(counter: Words, key: Words, rounds: int = ROUNDS) -> tuple[Tensor, ...]:
-    """Four random words of a counter of four and a key of two (Salmon et al. 2011, section 3.3).
+    """Four random words of a counter of four and a key of two (Salmon et al. 2011).
 
     One round: (a, b, c, d) ← (hi(m₁c) ⊕ b ⊕ k₀, lo(m₁c), hi(m₀a) ⊕ d ⊕ k₁, lo(m₀a)).
     Words are int64 below 2³². The product of two wraps around 2⁶⁴ to the right bits, on every

@@ -98,6 +98,14 @@ def test_a_part_s_mask_is_the_part_of_the_mask(seed, share, data):
     assert torch.equal(got, whole[rows, at, channels])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
+@given(seeds, shares, words, st.integers(1, 40))
+def test_cuda_draws_the_same_mask(seed, share, step, C):
+    draws, at = drawn_from(seed, step, 90, 3), torch.arange(5)
+    got = dropped(share, draws.cuda(), 6, at.cuda(), C, 3)
+    assert torch.equal(got.cpu(), dropped(share, draws, 6, at, C, 3))
+
+
 SIZE = (8, 64, 64)  # rows, positions, channels of the masks below: 32,768 numbers
 
 
