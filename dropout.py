@@ -5,7 +5,7 @@ step, so that no number can rely on another. A generator with a state would make
 who drew before: on batches, processes and what is computed twice. So there is no state. Whether a
 number is dropped is the hash of its own coordinates,
 
-    Philox(key: seed, step; counter: row, place, position, channel // 4), word channel % 4,
+    Philox(key: seed, step; counter: row, place, position, channel // 8), its 16 bits channel % 8,
 
 and whoever holds a part of the rows, blocks, positions or channels draws the mask of that part.
 A row is counted through the whole run, a position within its row; a place is a branch of a block.
@@ -28,16 +28,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # the bits of one
+WORD, HALF = 0xFFFFFFFF, 0xFFFF  # all bits of one
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # golden ratio, √3 − 1: what the key grows by
-ROUNDS = 10  # with 7 it passes all tests of BigCrush (Salmon et al. 2011, table 2)
+ROUNDS = 10  # Salmon et al.'s choice; from 7 on all tests of BigCrush are passed
 
 Words = tuple[Tensor | int, ...]
 
 
 def philox(counter: Words, key: Words, rounds: int = ROUNDS) -> tuple[Tensor, ...]:
-    """Four random words of a counter of four and a key of two (Salmon et al. 2011, section 3.3).
+    """Four random words of a counter of four and a key of two (Salmon et al. 2011).
 
     One round: (a, b, c, d) ← (hi(m₁c) ⊕ b ⊕ k₀, lo(m₁c), hi(m₀a) ⊕ d ⊕ k₁, lo(m₀a)).
     Words are int64 below 2³². The product of two wraps around 2⁶⁴ to the right bits, on every
@@ -60,6 +60,11 @@ def drawn_from(seed: int, step: int, first: int, rows: int) -> Tensor:
     return torch.stack(words, 1) & WORD
 
 
+def of_65536(share: float) -> int:
+    """A share of numbers of 16 bits: the nearest, at most all but one."""
+    return min(round(share * 65536), HALF)
+
+
 def dropped(
     share: float, draws: Tensor, place: int, positions: Tensor, C: int, first: int = 0
 ) -> Tensor:
@@ -68,11 +73,12 @@ def dropped(
     Those of any part of rows, positions and channels are that part of the whole.
     """
     seed, step, row = draws[:, :, None, None].unbind(1)  # each B 1 1
-    start, end = first // 4, -(-(first + C) // 4)
-    fours = torch.arange(start, end, device=draws.device)
-    words = philox((row, place, positions[:, None], fours), (seed, step))  # each B T C/4
-    gone = torch.stack([word < round(share * 2**32) for word in words], -1).flatten(-2)
-    return gone[..., first - 4 * start :][..., :C]
+    start, end = first // 8, -(-(first + C) // 8)
+    eights = torch.arange(start, end, device=draws.device)
+    words = philox((row, place, positions[:, None], eights), (seed, step))  # each B T C/8
+    halves = [half for word in words for half in (word & HALF, word >> 16)]
+    gone = torch.stack([half < of_65536(share) for half in halves], -1).flatten(-2)
+    return gone[..., first - 8 * start :][..., :C]
 
 
 class Drop(NamedTuple):
@@ -85,10 +91,10 @@ class Drop(NamedTuple):
     def __call__(self, x: Tensor, place: int) -> Tensor:
         """x / (1 − p), but 0 with probability p: its mean is x (B T C)  (Srivastava et al. 2014).
 
-        For the backward pass a byte a number is kept.
+        p is rounded to 2⁻¹⁶, here as there. For the backward pass a byte a number is kept.
         """
         gone = dropped(self.share, self.draws, place, self.positions, x.shape[-1])
-        return x.masked_fill(gone, 0) / (1 - self.share)
+        return x * ~gone / (1 - of_65536(self.share) / 65536)
 
     def behind(self, branch: Callable[[Tensor], Tensor], place: int) -> Callable[[Tensor], Tensor]:
         """The branch, dropped."""

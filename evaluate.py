@@ -70,8 +70,8 @@ def learn(
     optimizer = build(model.named_parameters(), how.optim)
     rows = Mixture(corpus.train, T, corpus.tokenizer.end_of_text, seed, corpus.parts)
     for step in range(how.steps):
-        draws = drawn_from(seed, step, step * how.batch, how.batch)
-        batch = replace(causal(rows.take(how.batch)), draws=draws)
+        batch = causal(rows.take(how.batch))
+        batch.draws = drawn_from(seed, step, step * how.batch, how.batch)
         batch = to(batch, model.embedding.device)
         lr = learning_rate(how.optim, step, how.steps)
         yield update(model, [batch], optimizer, lr, how.optim, dtype, scale).loss

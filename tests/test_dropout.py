@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import shaken
 from test_model import random_ids, random_model
 
-from dropout import WORD, Drop, drawn_from, dropped, philox
+from dropout import WORD, Drop, drawn_from, dropped, of_65536, philox
 from model import ModelConfig, Transformer
 from objectives import Batch
 from recompute import KINDS, random_batch, recompute
@@ -66,10 +66,11 @@ def test_philox_is_the_paper(counter, key):
 
 @given(words, words, words, st.integers(0, 1000), words, st.integers(0, 4000), st.floats(0, 0.999))
 def test_a_number_is_dropped_by_its_own_coordinates(seed, step, row, place, at, channel, share):
-    word = philox_of_numbers((row, place, at, channel // 4), (seed, step))[channel % 4]
+    word = philox_of_numbers((row, place, at, channel // 8), (seed, step))[channel % 8 // 2]
+    half = word // 2**16 if channel % 2 else word % 2**16
     draws, positions = drawn_from(seed, step, row, 1), torch.tensor([at])
     got = dropped(share, draws, place, positions, 1, channel)
-    assert got.shape == (1, 1, 1) and got.item() == (word < round(share * 2**32))
+    assert got.shape == (1, 1, 1) and got.item() == (half < round(share * 2**16))
 
 
 def test_seeds_and_rows_of_any_size_have_draws():
@@ -95,6 +96,14 @@ def test_a_part_s_mask_is_the_part_of_the_mask(seed, share, data):
     width = channels.stop - channels.start
     got = dropped(share, some, 5, torch.arange(T)[at], width, channels.start)
     assert torch.equal(got, whole[rows, at, channels])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
+@given(seeds, shares, words, st.integers(1, 40))
+def test_cuda_draws_the_same_mask(seed, share, step, C):
+    draws, at = drawn_from(seed, step, 90, 3), torch.arange(5)
+    got = dropped(share, draws.cuda(), 6, at.cuda(), C, 3)
+    assert torch.equal(got.cpu(), dropped(share, draws, 6, at, C, 3))
 
 
 SIZE = (8, 64, 64)  # rows, positions, channels of the masks below: 32,768 numbers
@@ -156,7 +165,15 @@ def drop_of(seed, B, T, share):
 def test_what_is_left_is_divided_by_its_share(seed, share):
     (x,) = normals(seed, (2, 3, 10))
     gone = dropped(share, drawn_from(seed, 1, 2, 2), 6, torch.arange(3), 10)
-    assert_close(drop_of(seed, 2, 3, share)(x, 6), torch.where(gone, 0, x / (1 - share)))
+    left = 1 - of_65536(share) / 65536
+    assert abs(left - (1 - share)) <= 2**-17
+    assert_close(drop_of(seed, 2, 3, share)(x, 6), torch.where(gone, 0, x / left))
+
+
+def test_the_largest_share_leaves_something():
+    assert of_65536(1 - 1e-9) == 65535 and of_65536(1e-9) == 0
+    got = drop_of(0, 1, 1, 1 - 1e-9)(torch.ones(1, 1, 2**18), 0)
+    assert {0.0, 65536.0} == {*got.flatten().tolist()}
 
 
 @given(seeds, shares)
@@ -173,6 +190,7 @@ def test_the_mean_over_many_steps_is_the_number_itself(share):
     steps = 4000
     (x,) = normals(3, (1, 2, 9))
     draws = torch.cat([drawn_from(5, step, 0, 1) for step in range(steps)])
+    share = of_65536(share) / 65536
     mean = Drop(share, draws, torch.arange(2))(x.expand(steps, -1, -1), 0).mean(0)
     error = x[0].abs() * (share / (1 - share) / steps) ** 0.5
     assert ((mean - x[0]).abs() <= 5 * error).all()
@@ -225,7 +243,8 @@ def test_a_branch_is_dropped_behind_its_last_matrix(seed, order):
     model = random_model(replace(SMALL, layers=1, order=order, dropout=0.4), seed)
     ids, block = random_ids(SMALL, seed, 2, 9), model.layers[0]
     draws, x = drawn_from(4, 2, 6, 2), torch.nn.functional.embedding(ids, model.embedding)
-    kept = [(~dropped(0.4, draws, n, torch.arange(9), 16)).double() / 0.6 for n in (0, 1)]
+    left = 1 - of_65536(0.4) / 65536
+    kept = [(~dropped(0.4, draws, n, torch.arange(9), 16)).double() / left for n in (0, 1)]
     seen = {}
     hook = block.attention.register_forward_pre_hook(lambda _, given: seen.update(given=given[1:]))
     got = model(ids, draws=draws)

@@ -142,10 +142,11 @@ def test_stretching_keeps_weights_and_slows_the_angles(scaling):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_learning_is_train_s_own_step_on_the_seed_s_rows_of_t(folder, seed):
     corpus, how = prepare(TEXT, BYTES), Recipe(steps=30, batch=4)
-    seen, rates = [], []
+    seen, rates, draws = [], [], []
 
     def look(model, batches, optimizer, lr, *rest):
         seen.append(batches[0].inputs)
+        draws.extend(batches[0].draws.tolist())
         rates.append(lr)
         return update(model, batches, optimizer, lr, *rest)
 
@@ -154,6 +155,7 @@ def test_learning_is_train_s_own_step_on_the_seed_s_rows_of_t(folder, seed):
     rows = Mixture(corpus.train, 8, corpus.tokenizer.end_of_text, seed, corpus.parts)
     assert all(torch.equal(x, causal(rows.take(4)).inputs) and x.shape == (4, 8) for x in seen)
     assert rates == [learning_rate(how.optim, step, 30) for step in range(30)]
+    assert draws == [[seed, row // 4, row] for row in range(120)]
     assert len(losses) == 30 and losses[-1] < losses[0] - 0.5
 
 

@@ -252,7 +252,8 @@ def test_whatever_a_config_says_is_refused_or_means_the_same_there(
 def test_every_setting_has_its_place_in_every_family():
     """Or a new one would be lost in a file, and the model become another.
 
-    What is nowhere must belong to what the family never has.
+    What is nowhere must belong to what the family never has. Dropout is of a training, which a file
+    knows nothing of.
     """
     belongs = {"window": ("attention", "sliding"), "rope_interleaved": ("position", "rope")}
     belongs |= dict.fromkeys(("buckets", "reach"), ("position", "t5"))
@@ -261,7 +262,7 @@ def test_every_setting_has_its_place_in_every_family():
     belongs |= dict.fromkeys(("rope_base", "rope_scaling", *ROPE), ("position", "rope"))
     for family in FAMILIES.values():
         assert family.always.keys() >= ALWAYS.keys()
-        placed = {"preset", *family.settings, *family.always}
+        placed = {"preset", "dropout", *family.settings, *family.always}
         placed |= {name for part in family.parts for name in part.ours}
         for name in {field.name for field in fields(ModelConfig)} - placed:
             setting, value = belongs[name]

@@ -22,11 +22,12 @@ import torch
 from conftest import ROOT
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
+from models import shaken
 
 import generate
 import train
 from data import DataConfig, TokenizerConfig, prepare
-from guard import GuardConfig
+from guard import GuardConfig, Skip
 from model import PRESETS, ModelConfig
 from objectives import OBJECTIVES
 from optim import OptimConfig
@@ -310,8 +311,9 @@ def test_every_objective_is_learnt_and_its_run_writes(folder, name, arch):
         assert ("<extra_id_0>" in answer) == (name in ("spans", "ul2"))
 
 
-def training_of(name, arch):
-    config = replace(EACH, objective=name, model=replace(EACH.model, arch=arch, context=48))
+def training_of(name, arch, dropout=0.0, **settings):
+    model = replace(EACH.model, arch=arch, context=48, dropout=dropout)
+    config = replace(EACH, objective=name, model=model, **settings)
     special = OBJECTIVES[name].special
     corpus = prepare(config.data, config.tokenizer, special=special)
     return Training(complete(config, corpus.tokenizer.vocab_size), corpus)
@@ -324,6 +326,34 @@ def test_what_is_asked_of_held_out_text_stays_the_same(folder, name, arch):
     training.step += 7
     training.rows.take(3)
     assert training.held_out() == first
+
+
+def test_dropout_is_drawn_from_seed_step_and_row(folder):
+    """Rows that are passed over are counted, too."""
+    training = training_of("causal", "decoder", 0.4, batch=2, accumulate=2, steps=9, seed=6)
+    training.skips = [Skip(4, 7, 1, 0, "")]
+    found = []
+    for _ in range(3):
+        training.advance()
+        found.append([row for batch in training.batches for row in batch.draws.tolist()])
+    starts = (0, 7, 11)
+    assert found == [[[6, n, row + i] for i in range(4)] for n, row in enumerate(starts)]
+
+
+def test_updates_with_dropout_are_those_of_any_batches(folder):
+    """And held-out text is read without."""
+    found = []
+    for batch, accumulate, dropout in ((4, 1, 0.4), (1, 4, 0.4), (2, 2, 0.0)):
+        training = training_of(
+            "causal", "decoder", dropout, batch=batch, accumulate=accumulate, steps=9
+        )
+        shaken(training.model, 1)
+        held = training.held_out()["held_out_loss"]
+        found.append([held, *(training.advance().loss for _ in range(3))])
+    whole, cut, plain = found
+    assert cut[1:] == pytest.approx(whole[1:], rel=1e-4)
+    assert plain[0] == pytest.approx(whole[0], rel=1e-5)
+    assert plain[1] != pytest.approx(whole[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name, arch", PAIRS)
