@@ -7,10 +7,10 @@ its reason, the fastest of the rest is written to a file for train.py.
 
 Run: python plan.py                      BLOOM on 384 A100: its plans, and how far to trust them
      python plan.py --model.preset gpt3-13b --devices 64 --batch 1024
-     python plan.py --calibrate docs/bloom_plans.csv    constants of your own measurements
 
-A table to calibrate by has the columns hidden, layers, heads, zero, dp, tp, pp, mbs (rows of a
-micro-batch), gbs (of an update) and sec, and may have mem_gb, recompute and network.
+`--calibrate table.csv` fits the constants to your own measurements. The table has the columns
+hidden, layers, heads, zero, dp, tp, pp, mbs (rows of a micro-batch), gbs (of an update) and sec,
+and may have mem_gb, recompute and network.
 
 Papers: Zheng et al. 2022, Alpa (arXiv 2201.12023); Narayanan et al. 2021 (arXiv 2104.04473);
 Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054).

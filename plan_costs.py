@@ -165,10 +165,10 @@ def seconds(c: Columns, k: Constants, it: Hardware) -> Columns:
 def gigabytes(c: Columns, k: Room) -> Columns:
     """What the fullest device holds, in GB, by part.
 
-    Of each parameter 2 bytes of weights, 2 or 4 more of gradients and 12 of optimizer, divided as
-    ZeRO says. Of each micro-batch on its way, min(M, p − stage) of them, what each layer keeps:
-    T·rows·C bytes times 2 (blocks), 10 + 24/t (attention), or that + 5 H T/(C t) (none), of which
-    one layer is at work in any case (Korthikanti et al., section 4).
+    Of each parameter 2 bytes of weights, 2 of gradients, 4 of their sum if that is in fp32 and 12
+    of optimizer, divided as ZeRO says. Of each micro-batch on its way, min(M, p − stage) of them,
+    what each layer keeps: T·rows·C bytes times 2 (blocks), 10 + 24/t (attention), or that and
+    5 H T/(C t) (none); one whole layer is at work in any case (Korthikanti et al., section 4).
     """
     C, t, p, d = c["dim"], c["tensor"], c["pipeline"], c["data"]
     n, M = c["rows"] * c["context"], c["batch"] / (d * c["rows"])
@@ -274,12 +274,14 @@ def read(path: Path, vocab: int, context: int, network: float = NETWORK) -> Meas
             taken.append(float(row.get("sec") or "nan") if "sec" in row else flops / rate)
             gb = row.get("mem_gb") or "nan"
             memory.append(inf if gb == "OOM" else float(gb))
+            if taken[-1] <= 0 or memory[-1] <= 0:
+                raise UserError("seconds and memory must be above 0")
+            era = {
+                "old": "" < date < "02-25", "fp32": not "" < date < "02-28", "chunks": chunks,
+                "network": float(row.get("network") or network),
+            }  # fmt: skip
         except (ValueError, TypeError, UserError, ZeroDivisionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-        era = {
-            "old": "" < date < "02-25", "fp32": not "" < date < "02-28", "chunks": chunks,
-            "network": float(row.get("network") or network),
-        }  # fmt: skip
         known.append(columns_of(c, [plan], batch, **era))
     columns = {name: np.concatenate([row[name] for row in known]) for name in known[0]}
     return Measured(columns, np.array(taken), np.array(memory), np.array(odd))
