@@ -363,6 +363,9 @@ def automatic(config: Automatic) -> None:
     if choices:
         show_choices(choices)
     show_refused(refused)
+    if not choices:
+        raise UserError("no plan fits: more devices, or a smaller model or batch")
+    write_plan(choices[0].plan, Path(config.file))
     if config.hardware != "a100-80g" and not config.calibrate:
         print("\nThe constants are of BLOOM's A100: measure some plans, and --calibrate by them.")
     units = ("B/number", "B/pair", "B/pair", "×", "GB/s", "×", "GB/s", "GB", "×", "×")
@@ -370,15 +373,12 @@ def automatic(config: Automatic) -> None:
     said = (f"{name} {x:.3g} {unit}" for (name, x), unit in zip(values, units, strict=True))
     print(f"\nconstants: {', '.join(said)}")
     own = judged_by_itself(found, measured_on(config))
-    show_trust(own, found, at.hardware, at.room)
+    show_trust(own, found, measured_on(config), at.room)
     if not config.calibrate:
         known = blooms_cluster(at)
         show_bloom(search(known)[0], known)
     draw(own, RUNS / "plan.png")
     print(f"\npicture: {RUNS / 'plan.png'}")
-    if not choices:
-        raise UserError("no plan fits: more devices, or a smaller model or batch")
-    write_plan(choices[0].plan, Path(config.file))
 
 
 def script() -> None:

@@ -34,6 +34,7 @@ from plan import (
 from plan_costs import (
     DOCS,
     NETWORK,
+    RECOMPUTE,
     Constants,
     Room,
     calibrated,
@@ -405,7 +406,12 @@ def test_the_nearest_changes_least(bloom):
     big = Plan(32, 2, 6, 1, 2, "blocks", (11, 12, 12, 12, 12, 11))
     near = nearest(big, bloom)
     assert near.memory["total"] <= 80
-    assert changes(big, near.plan) == min(changes(big, x.plan) for x in search(bloom)[0])
+    choices = search(bloom)[0]
+    for t, p, again in product((1, 4), (6, 24), RECOMPUTE):
+        layers = stages(70, p, 0.1, 1.0)
+        plan = Plan(384 // (t * p), t, p, 1, 16, again, layers)
+        near = nearest(plan, bloom).plan
+        assert changes(plan, near) == min(changes(plan, x.plan) for x in choices)
     assert nearest(BLOOMS, bloom).plan == BLOOMS
     with pytest.raises(UserError, match=r"needs \d+\.\d GB of 80\); the nearest that fits: data"):
         check(big, bloom)
@@ -429,6 +435,8 @@ def test_a_plan_that_does_not_suit_is_refused(bloom, change, said):
 
 def test_objections_are_none_where_a_plan_can_be(bloom):
     assert objection(bloom, 4, 12, 8) is None
+    assert objection(at_hand(), 1, 6, 2) is None and objection(at_hand(), 1, 7, 2)
+    assert objection(bloom, 8, 12, 4) is None and objection(bloom, 16, 12, 2)
 
 
 # --- files and input ------------------------------------------------------------------------------
