@@ -447,5 +447,5 @@ def draw(own: dict, path: Path) -> None:
         ends = [0.95 * own["measured"].min(), 1.05 * own["measured"].max()]
         axes.plot(ends, ends, color="#777777", linewidth=1)
         axes.set(xlabel="seconds of an update, measured", ylabel="predicted, the row not seen",
-                 title="BLOOM's makers' plans", xscale="log", yscale="log")  # fmt: skip
+                 title="BLOOM's makers' plans")  # fmt: skip
         axes.legend(frameon=False)
