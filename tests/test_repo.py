@@ -47,7 +47,8 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["model"],
     ["step", "heads"],
     ["scaling", "lora", "quant", "recompute"],
-    ["generate"],
+    ["generate", "plan_costs"],
+    ["plan"],
     ["evaluate", "parallel", "training"],
     ["dry_run"],
     ["train", "align", "bench"],
@@ -65,6 +66,7 @@ TINY = {
     "scaling.py": "",
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
+    "plan.py": "",
     "optim.py": "",
     "model.py": "",
     "evaluate.py": (
