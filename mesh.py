@@ -181,8 +181,11 @@ class Mesh:
         self.inside = me < grid.numel()  # others only help to make the groups
         self.at = tuple(int(i) for i in (grid == me).nonzero()[0]) if self.inside else (0, 0, 0)
 
+        self.groups: list[Group] = []
+
         def groups(name: str, lines: Tensor, tree: bool = exact) -> Group:
             made = [Group(line, name, self.traffic, tree) for line in lines.tolist()]
+            self.groups += made
             return next((g for g in made if g.index >= 0), made[0])
 
         pipelines = grid.transpose(1, 2).flatten(0, 1)
@@ -195,6 +198,12 @@ class Mesh:
         lines = pipelines[:, [0, -1]] if pipeline > 1 else pipelines
         self.ends = groups("ends", lines)
         self.world = groups("world", grid.flatten()[None], False)
+
+    def close(self) -> None:
+        """Give up the groups: each costs a process threads and connections."""
+        for group in self.groups:
+            if group.handle is not None and group.index >= 0:
+                dist.destroy_process_group(group.handle)
 
     @property
     def first(self) -> bool:

@@ -60,6 +60,13 @@ def together(config: ModelConfig, plan: Plan, steps: int, dtype=torch.float64):
     mesh = Mesh(plan.data, plan.pipeline, plan.tensor, plan.exact)
     if not mesh.inside:
         return None
+    try:
+        return in_mesh(mesh, config, plan, steps, dtype)
+    finally:
+        mesh.close()
+
+
+def in_mesh(mesh: Mesh, config: ModelConfig, plan: Plan, steps: int, dtype: torch.dtype):
     part = Part(config, plan, mesh)
     part.initialize(0)
     part.to(dtype)
