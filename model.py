@@ -364,18 +364,10 @@ class Stack(nn.Module):
         self.norm = norm(config.dim, config.norm_eps, config.bias) if last else None
 
     def through(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        mask: Mask,
-        past: list[KeyValue] | None = None,
-        memory: list[KeyValue] | None = None,
-        cross_mask: Mask | None = None,
-        draws: Tensor | None = None,
+        self, x: Tensor, positions: Tensor, mask: Mask, *rest: object, draws: Tensor | None = None
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Embeddings x (B T C) to hidden states, and each layer's new keys and values."""
-        x = self.enter(x, positions)
-        x, new = self.blocks(x, positions, mask, past, memory, cross_mask, draws)
+        """Embeddings x (B T C) to hidden states, and new keys and values, as `blocks` has it."""
+        x, new = self.blocks(self.enter(x, positions), positions, mask, *rest, draws=draws)
         return self.leave(x), new
 
     def enter(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -384,15 +376,10 @@ class Stack(nn.Module):
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def blocks(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        mask: Mask,
-        past: list[KeyValue] | None = None,
-        memory: list[KeyValue] | None = None,
-        cross_mask: Mask | None = None,
+        self, x: Tensor, positions: Tensor, mask: Mask, past: list[KeyValue] | None = None,
+        memory: list[KeyValue] | None = None, cross_mask: Mask | None = None,
         draws: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
+    ) -> tuple[Tensor, list[KeyValue]]:  # fmt: skip
         """The stream x (B T C) through all blocks, and each one's new keys and values."""
         T = positions.shape[1]
         at, S = past[0].places(T) if past else (torch.arange(T, device=x.device), T)
@@ -532,7 +519,7 @@ class Transformer(Stack):
         if memory and cross_mask is None:
             cross_mask = full_mask(T, memory[0].keys.shape[2], ids.device)
         x = self.embed(ids, segments, dtype)
-        return self.through(x, positions, mask, past, memory, cross_mask, draws)
+        return self.through(x, positions, mask, past, memory, cross_mask, draws=draws)
 
     def leave(self, x: Tensor) -> Tensor:
         x = super().leave(x)
