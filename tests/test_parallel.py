@@ -136,17 +136,15 @@ ARCHES = [  # what is cut in another way each
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", ARCHES, ids=str)
-@pytest.mark.parametrize(
-    "plan",
-    [
-        Plan(2, 2, 2),
-        Plan(1, 2, 4),
-        Plan(2, 1, 4, sequence=True),
-        Plan(1, 3, 2, layers=(0, 5, 0), rows=3),
-    ],
-    ids=str,
-)
+CUTS = [Plan(2, 2, 2), Plan(1, 2, 4), Plan(2, 1, 4, sequence=True),
+        Plan(1, 3, 2, layers=(0, 5, 0), rows=3)]  # fmt: skip
+CASES = [
+    pytest.param(plan, change, marks=[] if (i + j) % 4 == 0 else pytest.mark.slow)
+    for i, plan in enumerate(CUTS) for j, change in enumerate(ARCHES)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan, change", CASES, ids=str)
 def test_every_architecture(ranks, change, plan):
     config = replace(MODEL, **change)
     assert_same(alone(config, 2), ranks.run(together, config, plan, 2))
