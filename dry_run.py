@@ -38,7 +38,7 @@ def forecast(config: Train, corpus: Corpus) -> Forecast:
     """Make the updates of a probe, on a model of their own."""
     # a second batch of an update meets the gradients of the first
     plain = replace(config, accumulate=min(2, config.accumulate), ramp_from=0, ramp_tokens=0)
-    real = Training(config, corpus)
+    real = begun(config, corpus)
     largest = fitting(plain, corpus, device_memory(real.device))
     batch = max(1, min(config.batch, largest))
     probe = Training(replace(plain, batch=batch), corpus)
@@ -54,6 +54,14 @@ def forecast(config: Train, corpus: Corpus) -> Forecast:
         fixed * config.steps + row * real.ramp.seen(config.steps)
         + measurements * measuring(probe),
     )  # fmt: skip
+
+
+def begun(config: Train, corpus: Corpus) -> Training:
+    """The run before its first step, whether or not its batch fits."""
+    rows = config.batch * config.accumulate
+    training = Training(replace(config, batch=1, accumulate=rows), corpus)
+    training.config = config
+    return training
 
 
 def seconds(training: Training) -> float:
@@ -72,7 +80,7 @@ def fitting(config: Train, corpus: Corpus, there: float) -> int:
     More rows are tried as long as they fit for sure: what comes to weights and optimizer grows at
     most as the rows do, gradients included, as not all of them are there at the peak.
     """
-    rows, real = 1, Training(config, corpus)
+    rows, real = 1, begun(config, corpus)
     held, known = state_bytes(real) - gradient_bytes(real), (0, state_bytes(real))
     while True:
         peak = peak_of(Training(replace(config, batch=rows), corpus))

@@ -299,7 +299,7 @@ def train(config: Train, run: Run | None, changed: list[str]) -> None:
     corpus = prepare(config.data, config.tokenizer, special=special)
     config = complete(config, corpus.tokenizer.vocab_size)
     if config.dry_run:
-        training = Training(config, corpus)
+        training = dry_run.begun(config, corpus)
         peak = matmul_peak(training.device, training.dtype)
         print(
             introduction(training, peak, "none is begun")

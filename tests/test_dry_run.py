@@ -15,7 +15,7 @@ from data import prepare
 from model import ModelConfig
 from objectives import OBJECTIVES
 from recompute import LiveBytes
-from run import RUNS, Run
+from run import RUNS, Run, UserError
 from train import complete, loop
 from training import Training
 
@@ -99,6 +99,23 @@ def test_a_dry_run_begins_no_run(folder, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "memory   " in said and "s an update" in said and "parameters" in said
     assert not list(RUNS.glob("run-*"))
+
+
+def test_a_batch_beyond_all_memory_is_told_with_one_that_fits(folder):
+    config, corpus = prepared(replace(SETTINGS[0], batch=10**9))
+    there = dry_run.device_memory(Training(replace(config, batch=1), corpus).device)
+    with pytest.raises(UserError, match="takes at least"):
+        Training(config, corpus)
+    training = dry_run.begun(config, corpus)
+    assert training.config == config and training.ramp.full == 10**9
+    assert "10000000" in train.introduction(training, 1e9).replace(",", "")
+    small = replace(config, batch=8)
+    with pytest.MonkeyPatch.context() as patch:
+        peak = dry_run.peak_of(Training(replace(small, batch=4), corpus))
+        patch.setattr(dry_run, "device_memory", lambda device: peak)
+        said = dry_run.forecast(config, corpus)
+    assert 1 < said.batch <= 4 and said.peak <= peak < there
+    assert f"does not fit, {said.batch} does" in dry_run.in_words(said, config)
 
 
 @pytest.mark.slow
