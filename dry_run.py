@@ -20,6 +20,8 @@ from step import device_memory, evaluate
 from training import Train, Training
 
 STEPS = 10  # updates of the probe
+ENOUGH = 20  # seconds of them
+ROOM = 0.6  # of the memory, for tensors: operations, torch and the system need some, too
 MOST = 10**9  # rows that one can speak of
 
 
@@ -39,7 +41,7 @@ def forecast(config: Train, corpus: Corpus) -> Forecast:
     # a second batch of an update meets the gradients of the first
     plain = replace(config, accumulate=min(2, config.accumulate), ramp_from=0, ramp_tokens=0)
     real = begun(config, corpus)
-    largest = fitting(plain, corpus, device_memory(real.device))
+    largest = fitting(plain, corpus, ROOM * device_memory(real.device))
     batch = max(1, min(config.batch, largest))
     probe = Training(replace(plain, batch=batch), corpus)
     peak, rows = peak_of(probe), batch * plain.accumulate
@@ -65,9 +67,9 @@ def begun(config: Train, corpus: Corpus) -> Training:
 
 
 def seconds(training: Training) -> float:
-    """What an update takes, as the median of some."""
-    times = []
-    for _ in range(STEPS):
+    """What an update takes, as the median of some: fewer where they are long."""
+    times: list[float] = []
+    while len(times) < STEPS and sum(times) < ENOUGH:
         start = time.perf_counter()
         training.advance()
         times.append(time.perf_counter() - start)

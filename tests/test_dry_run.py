@@ -42,6 +42,7 @@ SETTINGS = [
 def folder(tmp_path, monkeypatch):
     write_texts(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry_run, "ROOM", 1.0)
 
 
 def prepared(config):
