@@ -6,7 +6,7 @@ gradient of the mean loss over all tokens, one clip by one norm, one step of the
 plan computes is what one process computes; `tests/test_parallel.py` holds every plan to it.
 
     plan     data × pipeline × tensor ranks (mesh.py)
-    build    this rank's part: its blocks, and of these its heads and hidden units (split.py)
+    Part     this rank's part: its blocks, and of these its heads and hidden units (split.py)
     update   micro-batches through the pipeline (schedule.py), gradients summed over data
 
 Every rank knows the whole batch and takes its micro-batches from it, so that the number of tokens
@@ -20,10 +20,8 @@ Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054); Li et al. 2020, DDP (arXiv 200
 Letters: B batch · T tokens · C model width · V vocabulary · M micro-batches.
 """
 
-import math
-from collections import deque
 from collections.abc import Iterable
-from math import gcd
+from math import gcd, inf, isfinite
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +32,7 @@ from data_parallel import Buckets
 from dropout import Drop
 from kernels.cross_entropy import IGNORE, cross_entropy
 from kernels.mask import Mask
-from mesh import Mesh, Plan, tree
+from mesh import Group, Mesh, Plan, tree
 from model import ModelConfig, Transformer, drawn
 from objectives import Batch
 from optim import OptimConfig, Optimizer
@@ -42,7 +40,7 @@ from positions import NoPosition
 from run import UserError
 from schedule import SCHEDULES
 from split import Cut, Place, share, split_block, split_cross_entropy, split_embedding
-from step import LossScale, NotFinite, Update
+from step import LossScale, NotFinite, Update, source_of
 
 VIRTUAL = 8  # parts of every layer in exact mode, at most: a power of two
 
@@ -147,7 +145,7 @@ class Part(Transformer):
             if len(p.place.shape) > 1:
                 p.copy_(p.place.of(drawn(p.place.name, p.place.shape, self.config, seed)))
 
-    def shared(self) -> Iterable[tuple[list[Parameter], object]]:
+    def shared(self) -> Iterable[tuple[list[Parameter], Group]]:
         """Weights of which several ranks hold a copy, each with a part of the gradient; the group.
 
         Not those of data parallelism, which shares all.
@@ -162,11 +160,7 @@ class Part(Transformer):
 
     def run(self, batch: Batch, x: Tensor | None, dtype: torch.dtype) -> Tensor:
         """A micro-batch through this stage; x (B T C) comes from the stage before."""
-        memory = crossed = None
-        if batch.source is not None:
-            seen = Mask(batch.source_lo, batch.source_hi)
-            memory = self.encode(batch.source, seen, dtype=dtype, draws=batch.draws)
-            crossed = Mask(batch.cross_lo, batch.cross_hi)
+        memory, crossed = source_of(self, batch, dtype)
         mask = Mask(batch.lo, batch.hi)
         positions = torch.arange(batch.inputs.shape[1], device=batch.inputs.device)[None]
         if self.mesh.first:
@@ -182,10 +176,7 @@ class Part(Transformer):
         else:
             x = split_embedding(ids, list(self.words), self.cut)
         if self.segment is not None:
-            x = (
-                x
-                + self.segment[torch.zeros((), dtype=torch.long) if segments is None else segments]
-            )
+            x = x + self.segment[torch.zeros_like(ids) if segments is None else segments]
         return x.to(dtype)
 
     def enter(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -237,6 +228,8 @@ def check(config: ModelConfig, plan: Plan) -> None:
             f"--plan.layers {plan.layers} are {sum(plan.layers)} blocks, and the model has "
             f"{config.layers}"
         )
+    if config.arch == "encdec" and plan.sequence:
+        raise UserError("--plan.sequence is for decoders and encoders, not for both in one")
     if plan.sequence and config.context % tensor:
         raise UserError(f"--plan.sequence: {tensor} does not divide --model.context")
     if plan.exact and config.position == "t5" and plan.pipeline > 1:
@@ -315,7 +308,7 @@ def through_pipeline(
     mesh, stage = part.mesh, part.mesh.pipeline.index
     steps = SCHEDULES[plan.schedule](plan.pipeline, len(batches))[stage]
     kept: dict[int, tuple[Tensor | None, Tensor]] = {}
-    losses, sent = [], deque()
+    losses, sent = [], []  # what is sent must stay as it is until it has come
     for step in steps:
         batch = batches[step.micro]
         if not step.back:
@@ -360,12 +353,12 @@ def update(
     factor = scale.scale if scale else 1.0
     loss = accumulate(part, batches, plan, dtype, factor / max(1, tokens)) / max(1, tokens)
     norm = clip(part, config, factor)
-    finite = math.isfinite(loss) and math.isfinite(norm)
+    finite = isfinite(loss) and isfinite(norm)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    elif scale is None or factor < 1 or not math.isfinite(loss):
+    elif scale is None or factor < 1 or not isfinite(loss):
         raise NotFinite(f"the loss is {loss} and the norm of its gradient {norm}")
     if scale:
         scale.after(finite)
@@ -427,7 +420,7 @@ def clip(part: Part, config: OptimConfig, scale: float) -> float:
     norm = part.mesh.model.sum_(squares.to(part.device)).sum().sqrt().item() / scale
     factor = 1 / scale
     grads = [p.grad for p in params]
-    if config.clip_by == "norm" and 0 < config.clip < norm < math.inf:
+    if config.clip_by == "norm" and 0 < config.clip < norm < inf:
         factor *= config.clip / norm
     if grads and factor != 1:
         torch._foreach_mul_(grads, factor)

@@ -345,7 +345,7 @@ def write_plan(plan: Plan, path: Path) -> None:
         plan.save(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    print(f"plan: {path}, for train.py --plan.file {path}")
+    print(f"plan: {path}")
 
 
 def automatic(config: Automatic) -> None:

@@ -35,6 +35,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from attention import KeyValue
 from kernels.cross_entropy import cross_entropy
 from kernels.mask import Mask
 from model import ModelConfig, Transformer
@@ -47,16 +48,23 @@ from run import UserError, load_tensors, main, plain, settings, write_whole
 
 def loss_sum(model: Transformer, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
     """Σ −log p(target) over the batch, in nats; with dropout where the batch has draws."""
-    memory = crossed = None
-    if batch.source is not None:
-        seen = Mask(batch.source_lo, batch.source_hi)
-        memory = model.encode(batch.source, seen, dtype=dtype, draws=batch.draws)
-        crossed = Mask(batch.cross_lo, batch.cross_hi)
+    memory, crossed = source_of(model, batch, dtype)
     mask = Mask(batch.lo, batch.hi)
     hidden = model(
         batch.inputs, mask=mask, dtype=dtype, memory=memory, cross_mask=crossed, draws=batch.draws
     )
     return cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
+
+
+def source_of(
+    model: Transformer, batch: Batch, dtype: torch.dtype | None
+) -> tuple[list[KeyValue] | None, Mask | None]:
+    """What a decoder looks at of an encoder, and its mask; None where there is none."""
+    if batch.source is None:
+        return None, None
+    seen = Mask(batch.source_lo, batch.source_hi)
+    memory = model.encode(batch.source, seen, dtype=dtype, draws=batch.draws)
+    return memory, Mask(batch.cross_lo, batch.cross_hi)
 
 
 def accumulate(

@@ -10,8 +10,8 @@ from mesh import Mesh, Plan
 from model import ModelConfig, Transformer
 from objectives import IGNORE, Batch
 from optim import OptimConfig, build
-from parallel import Part, update
-from run import generator
+from parallel import Part, check, update
+from run import UserError, generator
 from step import update as plain_update
 
 MODEL = ModelConfig(
@@ -39,7 +39,11 @@ def batches_of(config: ModelConfig, step: int, rows: int = 8, count: int = 1) ->
         )
         lo = torch.zeros_like(ids)
         hi = torch.full_like(ids, config.context - 1) if config.arch == "encoder" else None
-        made.append(Batch(ids, targets.masked_fill(hidden, IGNORE), lo, hi))
+        source = ()
+        if config.arch == "encdec":
+            last = torch.full_like(ids, config.context - 1)
+            source = torch.randint_like(ids, config.vocab_size, generator=rng), lo, last, lo, last
+        made.append(Batch(ids, targets.masked_fill(hidden, IGNORE), lo, hi, *source))
     return made
 
 
@@ -125,6 +129,37 @@ def test_exact_plans_end_in_the_same_bits(ranks):
             assert said[0] == first[0][0], plan
             for place, weight in said[2]:
                 assert torch.equal(weight, known[place.name, place.part]), (plan, place)
+
+
+@pytest.mark.parametrize("position", ["t5", "alibi"])
+def test_an_encoder_decoder(ranks, position):
+    config = replace(MODEL, arch="encdec", layers=2, position=position)
+    for plan in (Plan(2, 1, 4), Plan(1, 1, 2)):
+        assert_same(alone(config, 2), ranks.run(together, config, plan, 2))
+
+
+@pytest.mark.parametrize("plan, change, said", [
+    (Plan(tensor=3), {}, "does not divide the 8"), (Plan(pipeline=2), {"arch": "encdec"}, "line"),
+    (Plan(pipeline=2, layers=(1, 1)), {}, "has 5"), (Plan(tensor=8), {"vocab_size": 7}, "too few"),
+    (Plan(tensor=4, sequence=True), {"context": 10}, "does not divide --model.context"),
+    (Plan(tensor=2, sequence=True), {"arch": "encdec"}, "not for both"),
+    (Plan(pipeline=2, exact=True), {"position": "t5"}, "pipeline 1"),
+    (Plan(tensor=4, exact=True), {"kv_heads": 2}, "does not divide the 2"),
+])  # fmt: skip
+def test_a_plan_that_cannot_be_is_told_in_a_sentence(plan, change, said):
+    with pytest.raises(UserError, match=said):
+        check(replace(MODEL, **change), plan)
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"data": 0}, "at least 1"), ({"zero": 4}, "0, 1, 2 or 3"),
+    ({"zero": 2, "pipeline": 2}, "0 or 1"),
+    ({"pipeline": 2, "layers": (5,)}, "each of 2"), ({"sequence": True, "exact": True}, "order"),
+    ({"exact": True, "zero": 3}, "0 or 1"), ({"exact": True, "data": 3}, "powers of 2"),
+])  # fmt: skip
+def test_a_plan_is_checked(wrong, said):
+    with pytest.raises(UserError, match=said):
+        Plan(**wrong)
 
 
 ARCHES = [  # what is cut in another way each
