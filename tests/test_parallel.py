@@ -120,11 +120,15 @@ def together_exactly(config, plan, steps):
     return together(config, replace(plan, exact=True), steps, torch.float32)
 
 
-def test_exact_plans_end_in_the_same_bits(ranks):
+@pytest.mark.parametrize("rows, plans", [(0, MIXED), (3, [MIXED[0], Plan(2, 1, 1)]),
+                                         (1, [MIXED[0], Plan(4, 1, 2)])])  # fmt: skip
+def test_exact_plans_end_in_the_same_bits(ranks, rows, plans):
+    """Three micro-batches do not share themselves out evenly."""
     config = replace(MODEL, position="learned", dropout=0.1)
-    first, *rest = (ranks.run(together_exactly, config, plan, 4) for plan in MIXED)
+    plans = [replace(plan, rows=rows) for plan in plans]
+    first, *rest = (ranks.run(together_exactly, config, plan, 4) for plan in plans)
     known = {(p.name, p.part): w for p, w in first[0][2]}
-    for plan, found in zip(MIXED[1:], rest, strict=True):
+    for plan, found in zip(plans[1:], rest, strict=True):
         for said in filter(None, found):
             assert said[0] == first[0][0], plan
             for place, weight in said[2]:
