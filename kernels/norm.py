@@ -292,7 +292,8 @@ class TritonNorm(torch.autograd.Function):
         dy, dtotal = rows(dy), None if dtotal is None else rows(dtotal)
         dx = torch.empty(ctx.shape, dtype=x.dtype, device=x.device)
         count = PROGRAMS * launch.processors(x.device)
-        parts = torch.empty(2, count, x.shape[1], dtype=torch.float32, device=x.device)
+        sums = 1 + (bias is not None)
+        parts = torch.empty(sums, count, x.shape[1], dtype=torch.float32, device=x.device)
         if not len(x):
             parts.zero_()
         else:
@@ -301,8 +302,8 @@ class TritonNorm(torch.autograd.Function):
                 x.stride(0), dy.stride(0), 0 if dtotal is None else dtotal.stride(0),
                 CENTRE=ctx.centre, **shape_of(x),
             )  # fmt: skip
-        dw = parts[0].sum(0).to(weight.dtype)
-        db = None if bias is None else parts[1].sum(0).to(bias.dtype)
+        dw, *db = parts.sum(1).unbind()  # one launch for both
+        dw, db = dw.to(weight.dtype), db[0].to(bias.dtype) if db else None
         return dx, dx if ctx.needs_input_grad[1] else None, dw, db, None, None
 
 

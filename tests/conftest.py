@@ -12,6 +12,7 @@ import torch
 
 if not torch.cuda.is_available():  # before triton is imported, here or in a subprocess
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # tests ask for the same bits on CUDA
 
 import pytest
 from hypothesis import HealthCheck, settings

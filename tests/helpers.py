@@ -25,7 +25,8 @@ def normals(seed: int, *shapes: tuple[int, ...], dtype=torch.float64) -> list[to
 
 
 def array(x: torch.Tensor) -> np.ndarray:
-    return x.detach().double().numpy() if x.is_floating_point() else x.detach().numpy()
+    x = x.detach().cpu()
+    return x.double().numpy() if x.is_floating_point() else x.numpy()
 
 
 def assert_close(got, want, bound: float = 1e-12) -> None:
