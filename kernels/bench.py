@@ -5,7 +5,8 @@ L2 cache is emptied before each call, and the GPU waits until the host has launc
 are the GPU's own, without what Python needs for a launch. A row gives the median time, TFLOP/s or
 TB/s by the smallest work and traffic that the operation allows, its share of a ceiling measured in
 the same run (a large product of matrices, a large copy), and the median of the paired ratios with
-the band that holds the middle 60 %. Elsewhere: the same calls at a small size in Triton's interpreter, errors only.
+the band that holds the middle 60 %. Elsewhere: the same calls at a small size in Triton's
+interpreter, errors only.
 
 The error is ‖ours − truth‖/‖truth‖ at the small size, where truth is the obvious version in float64
 on the same rounded inputs; torch's own error in the same precision stands beside it.
