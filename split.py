@@ -51,10 +51,27 @@ class Place(NamedTuple):
     part: int = 0  # the number of this part among all
     several: int = 1  # so many parts side by side
     here: bool = True  # is it this rank that counts and saves it, of all that hold a copy?
+    first: int = 0  # ZeRO: of its numbers in a row, first … last−1
+    last: int = -1  # −1: all of them
 
     def of(self, whole: Tensor) -> Tensor:
-        """Its share of the whole weight, or of what an optimizer keeps for that."""
+        """The part of the whole weight, or of what an optimizer keeps for that; not yet the shard."""
         return whole if self.hi < 0 else whole.narrow(self.dim, self.lo, self.hi - self.lo)
+
+    def read(self, whole: Tensor) -> Tensor:
+        """What this rank holds of it."""
+        part = self.of(whole)
+        return part if self.last < 0 else part.flatten()[self.first : self.last]
+
+    def write(self, whole: Tensor, own: Tensor) -> None:
+        """Put what this rank holds into its place."""
+        part = self.of(whole)
+        if self.last < 0:
+            part.copy_(own)
+        else:
+            flat = part.flatten()
+            flat[self.first : self.last] = own
+            part.copy_(flat.view_as(part))
 
 
 class Cut(NamedTuple):
