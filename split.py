@@ -55,7 +55,7 @@ class Place(NamedTuple):
     last: int = -1  # −1: all of them
 
     def of(self, whole: Tensor) -> Tensor:
-        """The part of the whole weight, or of what an optimizer keeps for that; not yet the shard."""
+        """The part of the whole weight, or of what an optimizer keeps for it; not yet the shard."""
         return whole if self.hi < 0 else whole.narrow(self.dim, self.lo, self.hi - self.lo)
 
     def read(self, whole: Tensor) -> Tensor:
