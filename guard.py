@@ -37,6 +37,7 @@ class GuardConfig:
     )
     skip: int = 4  # updates whose rows are passed over: the one with the spike and those before
     patience: int = 3  # evaluations above their forecast after which a run is stopped; 0: never
+    ranks: int = 100  # updates between looks whether processes still hold the same; 0: never
 
     def __post_init__(self):
         if self.window and not LEAST <= self.window <= 10_000:
@@ -45,6 +46,8 @@ class GuardConfig:
             raise UserError(f"--guard.skip {self.skip} must be from 1 to 10,000")
         if not 1 <= self.spike < math.inf:
             raise UserError(f"--guard.spike {self.spike} must be at least 1")
+        if not 0 <= self.ranks <= 10**9:
+            raise UserError(f"--guard.ranks {self.ranks} must be from 0 to 1,000,000,000")
         if not 0 <= self.patience <= 1000:
             raise UserError(f"--guard.patience {self.patience} must be from 0 to 1,000")
 

@@ -49,6 +49,8 @@ class Plan:
     schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of the pipeline
     sequence: bool = False  # what lies between divided layers is divided by tokens
     exact: bool = False  # the same bits under every plan
+    file: str = ""  # take what `python parallel.py plan` has written there
+    timeout: int = 1800  # seconds that processes wait for one another before they give up
 
     def __post_init__(self):
         for name in ("data", "pipeline", "tensor"):
@@ -56,6 +58,8 @@ class Plan:
                 raise UserError(f"--plan.{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.zero <= 3 or self.rows < 0:
             raise UserError("--plan.zero must be 0, 1, 2 or 3, and --plan.rows not below 0")
+        if not 1 <= self.timeout <= 10**6:
+            raise UserError(f"--plan.timeout {self.timeout} must be from 1 second to a million")
         if self.zero > 1 and self.pipeline > 1:
             raise UserError(
                 f"--plan.zero {self.zero} moves gradients or weights with each micro-batch: with "
@@ -103,8 +107,10 @@ class Group:
         self.ranks, self.size, self.name = list(ranks), len(ranks), name
         self.traffic, self.exact = traffic, exact
         self.handle = dist.new_group(self.ranks) if self.size > 1 else None
-        me = dist.get_rank() if dist.is_initialized() else 0
+        me = rank()
         self.index = self.ranks.index(me) if me in self.ranks else -1
+        nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+        self.device = torch.device("cuda" if nccl else "cpu")  # of what it can send
 
     def count(self, kind: str, size: float) -> None:
         self.traffic[self.name, kind] += size
@@ -151,6 +157,18 @@ class Group:
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
         dist.reduce_scatter(part, list(x.contiguous().chunk(self.size)), group=self.handle)
         return part
+
+    def tell(self, text: str, source: int = 0) -> str:
+        """What member `source` says, to all."""
+        if self.size == 1:
+            return text
+        letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(letters)], device=self.device)
+        dist.broadcast(length, self.ranks[source], group=self.handle)
+        if self.index != source:
+            letters = letters.new_empty(int(length))
+        dist.broadcast(letters, self.ranks[source], group=self.handle)
+        return bytes(letters.tolist()).decode()
 
     def send(self, x: Tensor, to: int) -> Callable[[], object]:
         """Begin to send to member `to`; call what is returned before x may change."""
@@ -215,10 +233,15 @@ class Mesh:
         return self.pipeline.index == self.pipeline.size - 1
 
 
-def join(timeout: float = 600) -> None:
-    """Meet the other processes that torchrun started, if it did."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return
+def join(timeout: float = 1800) -> Group:
+    """Meet the other processes that torchrun started, if it did; all of them."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        start(timeout)
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return Group(range(size), "world", Counter())
+
+
+def start(timeout: float) -> None:
     on = torch.cuda.is_available()
     if on:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -226,6 +249,17 @@ def join(timeout: float = 600) -> None:
     # after a restart a shared store still has the addresses of the dead
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no process of this start has said it before; so what all find out is printed once."""
+    if not dist.is_initialized():
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"said/{text}", 1) == 1
+    except (RuntimeError, dist.DistError):  # the first rank is gone, and has said it
+        return rank() == 0
 
 
 def rank() -> int:

@@ -312,12 +312,7 @@ def through_pipeline(
     for step in steps:
         batch = batches[step.micro]
         if not step.back:
-            x = None
-            if not mesh.first:
-                B, T = batch.inputs.shape
-                T //= mesh.tensor.size if plan.sequence else 1
-                x = torch.empty(B, T, part.config.dim, dtype=dtype, device=batch.inputs.device)
-                x = mesh.up.receive(x, stage - 1).requires_grad_()
+            x = None if mesh.first else received(part, batch, plan, dtype).requires_grad_()
             y = part.run(batch, x, dtype)
             if mesh.last:
                 losses.append(y.item())
@@ -340,6 +335,39 @@ def through_pipeline(
     for _, wait in sent:
         wait()
     return losses
+
+
+def received(part: Part, batch: Batch, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """What the stage before has made of a micro-batch."""
+    B, T = batch.inputs.shape
+    T //= part.mesh.tensor.size if plan.sequence else 1
+    x = torch.empty(B, T, part.config.dim, dtype=dtype, device=batch.inputs.device)
+    return part.mesh.up.receive(x, part.mesh.pipeline.index - 1)
+
+
+@torch.no_grad()
+def evaluate(
+    part: Part, batches: Iterable[Batch], plan: Plan, dtype: torch.dtype
+) -> tuple[float, int]:
+    """As step.evaluate: (Σ −log p in nats, tokens); in turn each copy of the model takes a batch.
+
+    All copies compute as often as the first: a ZeRO that gathers weights needs them all.
+    """
+    mesh, batches = part.mesh, list(batches)
+    nats, sent = torch.zeros(max(1, len(batches)), dtype=torch.float64), []
+    for first in range(0, len(batches), plan.data):
+        number = first + mesh.data.index
+        batch = batches[min(number, len(batches) - 1)]
+        x = None if mesh.first else received(part, batch, plan, dtype)
+        y = part.run(batch, x, dtype)
+        if not mesh.last:
+            sent.append((y, mesh.up.send(y.contiguous(), mesh.pipeline.index + 1)))
+        elif mesh.tensor.index == 0 and number < len(batches):
+            nats[number] = y.item()
+    for _, wait in sent:
+        wait()
+    nats = mesh.world.sum_(nats.to(mesh.world.device))
+    return tree(nats.unbind()).item(), sum(int((b.targets != IGNORE).sum()) for b in batches)
 
 
 def update(

@@ -23,20 +23,24 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
 import dry_run
-from data import prepare
+from data import Corpus, prepare
 from guard import failing
-from model import count_parameters, preset_in
+from mesh import Group, Plan, join
+from model import preset_in
 from objectives import objective_for
+from parallel_training import after_restart, begin, lead, one_voice, shared
 from run import Run, UserError, check_free, main, plot_loss, plot_scales, value_of
+from scaling import parameters
 from step import (
     NotFinite,
     commit,
@@ -52,7 +56,9 @@ from training import Train, Training, changes, stored, unchangeable
 # --- settings -------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> tuple[Train, Run | None, list[str]]:
+def parse(
+    arguments: list[str], resume: Callable[[str], Run] = Run.resume
+) -> tuple[Train, Run | None, list[str]]:
     """The settings, the run to resume if there is one, and what they change in it, in words.
 
     A preset is read first and then changed by the other flags, wherever it stands among them; a
@@ -61,7 +67,7 @@ def parse(arguments: list[str]) -> tuple[Train, Run | None, list[str]]:
     default, run = Train(), None
     default = replace(default, model=preset_in(arguments, default.model))
     if "--resume" in arguments:
-        run = Run.resume(value_of("--name", arguments))
+        run = resume(value_of("--name", arguments))
         default = stored(run)
     config = tyro.cli(Train, args=arguments, default=replace(default, resume=run is not None))
     if run is None:
@@ -98,11 +104,11 @@ def introduction(
     training: Training, peak: float, where: str = "", changed: Sequence[str] = ()
 ) -> str:
     """The settings and every number derived from them, in words; peak in FLOP/s."""
-    config, corpus, model = training.config, training.corpus, training.model
-    meta, m, N = corpus.meta, config.model, count_parameters(model)
+    config, corpus, plan = training.config, training.corpus, training.config.plan
+    meta, m, N = corpus.meta, config.model, sum(parameters(config.model).values())
     train, held, rows = meta["train"], meta["held"], training.ramp.seen(config.steps)
     tokens, flops, width = rows * training.width, training.flops, training.width
-    device = model.embedding.device
+    device = training.device
     path = "in Triton" if device.type == "cuda" else "in torch, attention in blocks"
     return (
         f"{shlex.join(['python', 'train.py', *sys.argv[1:]])}\n"
@@ -124,6 +130,12 @@ def introduction(
         f"{flops / width / 1e6:.1f} MFLOP per token, {flops * rows:.2e} FLOP in all\n"
         f"machine  {machine(device)}; {config.dtype}; "
         f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; kernels {path}\n"
+        + (
+            f"plan     data {plan.data} × pipeline {plan.pipeline} × tensor {plan.tensor}"
+            f"{f', ZeRO {plan.zero}' if plan.zero else ''}{', exact' if plan.exact else ''}\n"
+            if plan.size > 1 or plan.exact
+            else ""
+        )
         + (f"resumed  after step {training.step:,}" if training.step else "")
         + (", the last one: more needs more --steps" if training.step == config.steps else "")
         + "".join(f"\nchanged  {text}" for text in changed)
@@ -162,8 +174,9 @@ def loop(training: Training, run: Run, peak: float) -> bool:
     """Train to the last step; False if someone asked to stop before it."""
     c, drawn = training.config, time.monotonic()
     bar = tqdm(total=c.steps, initial=training.step, unit="step", disable=None, smoothing=0.05)
+    stop = False
     with Interrupt() as interrupt, bar:
-        while training.step < c.steps and not interrupt.asked:
+        while training.step < c.steps and not (stop := training.agreed(interrupt.asked)):
             row, why = one_step(training, run, peak)
             if why:
                 training.go_back(why, run)
@@ -184,7 +197,7 @@ def loop(training: Training, run: Run, peak: float) -> bool:
                 training.save(run)
             if "held_out_loss" in row and not last:
                 stop_if_failing(training, run)
-            if "held_out_loss" in row and time.monotonic() > drawn + REDRAWN:
+            if training.first and "held_out_loss" in row and time.monotonic() > drawn + REDRAWN:
                 draw(training, run)
                 drawn = time.monotonic()
             bar.update()
@@ -192,7 +205,7 @@ def loop(training: Training, run: Run, peak: float) -> bool:
                 f"loss {row['loss']:.2f}, {row['tokens_per_second']:,} tokens/s, "
                 f"{row['utilization']:.0%} of peak"
             )
-    if interrupt.asked and training.step < c.steps:
+    if stop and training.step < c.steps:
         training.save(run)
         return False
     return True
@@ -223,7 +236,7 @@ def one_step(training: Training, run: Run, peak: float) -> tuple[dict, str]:
     return row | {
         "seconds": seconds,
         "tokens_per_second": round(rows * training.width / seconds),
-        "utilization": round(rows * training.flops / seconds / peak, 4),
+        "utilization": round(rows * training.flops / seconds / peak / c.plan.size, 4),
         "memory_bytes": peak_memory(training.device),
     }, training.jumped(made)
 
@@ -237,8 +250,12 @@ def draw(training: Training, run: Run) -> Path:
 
 def stop_if_failing(training: Training, run: Run) -> None:
     """A UserError, behind a checkpoint, if the held-out loss has left its forecast."""
-    rows = [(r["step"], r["held_out_loss"]) for r in run.metrics() if "held_out_loss" in r]
-    if why := failing(rows, training.config.guard.patience):
+
+    def look() -> str:
+        rows = [(r["step"], r["held_out_loss"]) for r in run.metrics() if "held_out_loss" in r]
+        return failing(rows, training.config.guard.patience)
+
+    if why := training.lead(look):
         training.save(run)
         raise UserError(
             f"{why}: stopped and saved after step {training.step}; "
@@ -272,31 +289,43 @@ def finish(training: Training, run: Run, seconds: float) -> None:
     for number, text in enumerate(training.sample(), 1):
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
     run.log(
-        f"\npicture: {draw(training, run)}\n"
+        f"\npicture: {training.lead(lambda: str(draw(training, run)))}\n"
         f"more:    {shlex.join(['python', 'generate.py', '--run', run.name])} "
         f"{EXAMPLES[training.config.objective]}"
     )
 
 
 def script() -> None:
-    config, run, changed = parse(sys.argv[1:])
+    world = join(int(value_of("--plan.timeout", sys.argv[1:]) or Plan.timeout))
+    with one_voice(world):
+        begin_or_go_on(sys.argv[1:], world)
+
+
+def begin_or_go_on(arguments: list[str], world: Group) -> None:
+    """Do what the arguments say, together with all other processes if there are any."""
+    opened = (
+        (lambda name: shared(world, lambda: Run.resume(name))) if world.size > 1 else Run.resume
+    )
+    config, run, changed = parse(after_restart(arguments), opened)
     pick_device(config.device)  # before long work
     if config.seeds == 1:
-        return train(config, run, changed)
+        return train(config, run, changed, world)
     seeds = range(config.seed, config.seed + config.seeds)
     each = [replace(config, name=f"{config.name}-seed{n}", seed=n, seeds=1) for n in seeds]
     for one in each:
         check_free(one.name)
     for one in each:
-        train(one, None, [])
+        train(one, None, [], world)
 
 
-def train(config: Train, run: Run | None, changed: list[str]) -> None:
+def train(config: Train, run: Run | None, changed: list[str], world: Group) -> None:
     """Begin a run, or go on with one, until its last step or until somebody stops it."""
     if run is None and config.name:
-        check_free(config.name)
+        lead(world, lambda: check_free(config.name))
     special = objective_for(config.objective, config.model.arch).special
-    corpus = prepare(config.data, config.tokenizer, special=special)
+    text = partial(prepare, config.data, config.tokenizer, special=special)
+    lead(world, lambda: text() and None)  # the first process makes the tokens, the others find them
+    corpus = text()
     config = complete(config, corpus.tokenizer.vocab_size)
     if config.dry_run:
         training = dry_run.begun(config, corpus)
@@ -306,16 +335,14 @@ def train(config: Train, run: Run | None, changed: list[str]) -> None:
             + dry_run.in_words(dry_run.forecast(config, corpus), config)
         )
         return
-    training = Training(config, corpus)  # before the folder: settings that cannot be leave nothing
+    training = begin(config, corpus, world)  # before the folder: what cannot be leaves nothing
     if run is None:
-        run = Run.create(config.name, config)
+        run = shared(world, lambda: Run.create(config.name, config))
     else:
         training.load(run)
         with run.writing(run.folder / "config.json"):
             run.keep(config)
-    path = run.folder / corpus.tokenizer.file_name
-    with run.writing(path):  # a resumed run may lack it, if it was killed
-        corpus.tokenizer.save(path)
+    training.lead(lambda: keep_tokenizer(corpus, run))
     peak = matmul_peak(training.device, training.dtype)
     run.log(introduction(training, peak, str(run.folder), changed))
     start = time.perf_counter()
@@ -323,6 +350,13 @@ def train(config: Train, run: Run | None, changed: list[str]) -> None:
         run.log(f"stopped and saved after step {training.step}; go on with\n  {run.command}")
         sys.exit(130)
     finish(training, run, time.perf_counter() - start)
+
+
+def keep_tokenizer(corpus: Corpus, run: Run) -> None:
+    """A resumed run may lack it, if it was killed."""
+    path = run.folder / corpus.tokenizer.file_name
+    with run.writing(path):
+        corpus.tokenizer.save(path)
 
 
 if __name__ == "__main__":

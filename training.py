@@ -8,19 +8,19 @@ Run: python -m pytest tests/test_train.py
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from data import Corpus, DataConfig, TokenizerConfig
 from dropout import drawn_from
 from generate import Sampling, generate, load_weights
 from guard import AGAIN, LEAST, GuardConfig, Made, Skip, spike
 from kernels.cross_entropy import IGNORE
+from mesh import Plan
 from model import ModelConfig, Transformer
 from objectives import OBJECTIVES, Batch, Rows, objective_for, vocabulary_for
 from optim import OptimConfig, Ramp, build, learning_rate
@@ -28,6 +28,7 @@ from packing import Mixture, whole
 from recompute import KINDS, recompute
 from run import (
     Run,
+    Tensors,
     UserError,
     damage,
     generator,
@@ -75,6 +76,7 @@ class Train:
     recompute: Literal[tuple(KINDS)] = (
         "none"  # computed again in the backward pass instead of kept: less memory, more time
     )
+    plan: Plan = Plan()
     guard: GuardConfig = GuardConfig()
     evaluate_every: int = 200  # updates between measurements on the held-out documents
     save_every: int = 500  # updates between checkpoints
@@ -112,7 +114,8 @@ MOST = 10**9  # of whatever is counted here
 # What may differ when a run is resumed; of the text it is proved that it is still the same.
 MAY_CHANGE = {
     "name", "resume", "seeds", "dry_run", "steps", "evaluate_every", "save_every", "watch_every",
-    "device", "recompute", "data.path", "guard.patience",
+    "device", "recompute", "data.path", "guard.patience", "guard.ranks",
+    *(f"plan.{field.name}" for field in fields(Plan)),
 }  # fmt: skip
 
 
@@ -157,7 +160,9 @@ class Training:
         self.device, self.dtype = pick_device(config.device), getattr(torch, config.dtype)
         tokens = config.batch * config.model.context
         kept = 2 * 4 * tokens * config.model.dim * config.model.layers  # of what backward needs
-        check_memory(16 * sum(parameters(config.model).values()) + kept, self.device)
+        share = config.plan.pipeline * config.plan.tensor
+        needed = 16 * sum(parameters(config.model).values()) + kept // config.plan.data
+        check_memory(needed // share, self.device)
         words, context, arch = corpus.tokenizer, config.model.context, config.model.arch
         self.objective = objective_for(config.objective, arch)
         self.vocabulary = vocabulary_for(
@@ -181,16 +186,30 @@ class Training:
 
     def begin(self) -> None:
         """The state before the first step."""
-        c = self.config
-        self.model = Transformer(c.model, c.seed).to(self.device)
-        recompute(self.model, c.recompute)
-        self.optimizer = build(self.model.named_parameters(), c.optim, self.dtype)
+        self.make()
         self.scale = LossScale() if self.dtype == torch.float16 else None
         self.rows.seek(self.start)
         self.step = self.row = 0  # updates done; rows of the text read or passed over
         self.past: list[Made] = []  # loss and norm of the last updates
         self.starts: list[int] = []  # the rows that these began with
         self.skips: list[Skip] = []
+
+    def make(self) -> None:
+        """Model and optimizer."""
+        c = self.config
+        self.model = Transformer(c.model, c.seed).to(self.device)
+        recompute(self.model, c.recompute)
+        self.optimizer = build(self.model.named_parameters(), c.optim, self.dtype)
+
+    first = True  # of several processes, does this one write?
+
+    def lead(self, function: Callable[[], Any]) -> Any:
+        """What it says; of many processes (parallel_training.py) the first asks and tells all."""
+        return function()
+
+    def agreed(self, wish: bool) -> bool:
+        """Does any process wish it?"""
+        return wish
 
     @property
     def tokens(self) -> int:
@@ -207,7 +226,7 @@ class Training:
         """What is asked of these rows, drawn from the stream of randomness of a name and number."""
         draws = generator(self.config.seed, name, number)
         batch = self.objective(rows, draws, self.vocabulary, self.config.model.arch)
-        return to(batch, self.model.embedding.device)
+        return to(batch, self.device)
 
     def advance(self) -> Update:
         """One update, of the next rows that are not passed over."""
@@ -225,8 +244,13 @@ class Training:
             self.row += size
         self.lr = learning_rate(c.optim, self.step, c.steps)
         self.step += 1
+        return self.update()
+
+    def update(self) -> Update:
+        """Move the weights by what the batches say."""
+        optim = self.config.optim
         return update(
-            self.model, self.batches, self.optimizer, self.lr, c.optim, self.dtype, self.scale
+            self.model, self.batches, self.optimizer, self.lr, optim, self.dtype, self.scale
         )
 
     def jumped(self, made: Update) -> str:
@@ -245,6 +269,16 @@ class Training:
         The list of what is passed over is written first: whoever goes on with the run from there
         knows it, and which checkpoints have seen too much.
         """
+        step = self.step
+        skip = Skip(*self.lead(lambda: self.pass_over(why, run)))
+        self.load(run)
+        run.log(
+            f"step {step:6,}   {why}: back to step {skip.back_to:,}, without rows {skip.first:,} "
+            f"to {skip.end - 1:,}"
+        )
+
+    def pass_over(self, why: str, run: Run) -> Skip:
+        """Add the rows of a jump to the list of the run."""
         step, every = self.step, self.config.save_every
         rows = {0: 0} if step <= 2 * every else {}  # read before a step that one can go back to
         for path in run.checkpoints():
@@ -265,11 +299,7 @@ class Training:
             )
         skip = Skip(max(self.starts[0], rows[back_to]), self.row, step, back_to, why)
         keep_skips(run, [*self.skips, skip])
-        self.load(run)
-        run.log(
-            f"step {step:6,}   {why}: back to step {back_to:,}, without rows {skip.first:,} to "
-            f"{skip.end - 1:,}"
-        )
+        return skip
 
     def reported(self, error: NotFinite, run: Run) -> str:
         """What to say of an update that is no number, with a file that shows it again.
@@ -277,8 +307,13 @@ class Training:
         NotFinite, with advice, if the run has too little behind it to go back.
         """
         path = run.folder / f"replay-{self.step:06d}.safetensors"
-        with run.writing(path):
-            write_replay(path, self.model, self.batches, self.dtype)
+        model = self.whole_model()
+
+        def write() -> None:
+            with run.writing(path):
+                write_replay(path, model, self.batches, self.dtype)
+
+        self.lead(write)
         why = (
             f"{error}, in rows {self.starts[-1]:,} to {self.row - 1:,} of the text; "
             f"python step.py {path} shows it again"
@@ -308,7 +343,7 @@ class Training:
         """
         rows = self.held(4 * self.config.batch)
         batches = (self.batch(r, "held out", n) for n, r in enumerate(rows))
-        nats, tokens = evaluate(self.model, batches, self.dtype)
+        nats, tokens = self.evaluate(batches)
         self.check("loss on the held-out documents", nats)
         found = {"held_out_loss": nats / max(1, tokens)}
         if self.config.objective == "causal":
@@ -316,32 +351,57 @@ class Training:
             found["bits_per_byte"] = nats / math.log(2) / size
         return found
 
+    def evaluate(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """(nats, tokens) of batches."""
+        return evaluate(self.model, batches, self.dtype)
+
     def texts(self) -> dict[str, str]:
         """What the tokens are known by, those trained on and those held out."""
         meta = self.corpus.meta
         mark = f"{self.corpus.tokenizer.fingerprint}-{meta['train']['hash']}"
         return {"text": mark, "held_out": meta["held"]["hash"]}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Beside the weights, what a checkpoint must hold in numbers."""
+    def whole_model(self) -> Transformer:
+        """The plain model; of many processes, the first one's has the weights."""
+        return self.model
+
+    def weights_and_state(self) -> tuple[Tensors, Tensors]:
+        """By the plain model's names; of many processes, on the first one."""
+        return self.model.state_dict(), self.optimizer.tensors()
+
+    def more(self) -> Tensors:
+        """Beside weights and optimizer, what a checkpoint must hold in numbers."""
         past = torch.full((max(1, self.config.guard.window), 2), math.inf, dtype=torch.float64)
         if self.past:
             past[: len(self.past)] = torch.tensor(self.past, dtype=torch.float64)
         scale = self.scale.tensors() if self.scale else {}
-        return {**self.optimizer.tensors(), **scale, "past": past}
+        return {**scale, "past": past}
 
     def save(self, run: Run) -> None:
-        weights, state = self.model.state_dict(), self.tensors()
-        if bad := first_bad([*weights.items(), *self.optimizer.tensors().items()]):
+        weights, state = self.weights_and_state()
+        self.lead(lambda: self.write(run, weights, state))
+
+    def write(self, run: Run, weights: Tensors, state: Tensors) -> None:
+        if bad := first_bad([*weights.items(), *state.items()]):
             raise NotFinite(f"{bad} is not finite at step {self.step}: {self.diverged}")
         info = {
             "place": self.rows.place, "row": self.row, "starts": self.starts,
             "skips": self.skips, **self.texts(), "settings": lasting(self.config),
         }  # fmt: skip
-        run.save(self.step, weights, state, info, self.config.save_every)
+        run.save(self.step, weights, state | self.more(), info, self.config.save_every)
 
     def load(self, run: Run) -> None:
         """Take up the newest whole checkpoint; a run stopped before its first one starts anew."""
+        folder, skips = self.lead(lambda: self.newest(run))
+        if folder:
+            self.take_up(Path(folder), run)
+        elif skips:
+            self.begin()
+        self.skips = [Skip(*skip) for skip in skips]
+        run.forget_after(self.step)
+
+    def newest(self, run: Run) -> tuple[str, list[Skip]]:
+        """The checkpoint to go on from, if there is one, and what is to be passed over."""
         skips = kept_skips(run)
         for path in run.checkpoints() if skips else []:
             if damage(path) is None:
@@ -349,18 +409,16 @@ class Training:
                 if any(step_of(path) > s.back_to and [*s] not in known for s in skips):
                     remove(path)  # it has read what is to be passed over
         if run.checkpoints():
-            self.take_up(run.newest(), run)
-        elif skips and skips[-1].back_to == 0:
-            self.begin()
-        elif len(run.metrics()) > stored(run).save_every:  # the last may have come before its save
+            return str(run.newest()), skips
+        if skips and skips[-1].back_to == 0:
+            return "", skips
+        if len(run.metrics()) > stored(run).save_every:  # the last may have come before its save
             raise UserError(
                 f"the checkpoints of {run.folder} are gone, though it has some steps behind it: "
                 "put them back, or start a new run"
             )
-        else:
-            run.log(f"{run.folder} was stopped before its first checkpoint: it starts anew")
-        self.skips = skips
-        run.forget_after(self.step)
+        run.log(f"{run.folder} was stopped before its first checkpoint: it starts anew")
+        return "", skips
 
     def take_up(self, folder: Path, run: Run) -> None:
         info = read_json(folder / "train_state.json")
@@ -384,48 +442,56 @@ class Training:
             raise UserError(
                 f"{run.folder} has done {step} steps already: give --steps {step} or more"
             )
-        load_weights(self.model, folder / "model.safetensors")
-        state = load_tensors(folder / "train_state.safetensors")
-        own = self.tensors()
-        if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in own.items()}:
-            raise UserError(f"{folder} was made by another optimizer: start a new run")
-        self.optimizer.load_tensors(state)
+        state = self.fill(folder)
         if self.scale:
             self.scale.load_tensors(state)
         self.past = [(loss, norm) for loss, norm in state["past"].tolist() if loss < math.inf]
         self.step, self.row, self.starts = step, row, starts
         self.rows.seek(place)
 
+    def fill(self, folder: Path) -> Tensors:
+        """Weights and optimizer from a checkpoint; the other numbers of it."""
+        load_weights(self.model, folder / "model.safetensors")
+        state = load_tensors(folder / "train_state.safetensors")
+        own = self.optimizer.tensors() | self.more()
+        if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in own.items()}:
+            raise UserError(f"{folder} was made by another optimizer: start a new run")
+        self.optimizer.load_tensors(state)
+        return state
+
     def sample(self, count: int = 3, tokens: int = 100) -> Iterator[str]:
         """Texts; or, of what is held out, what is asked and what the model says to it."""
+        yield from self.sample_of(self.whole_model(), count, tokens)
+
+    def sample_of(self, model: Transformer, count: int, tokens: int) -> Iterator[str]:
         tokenizer, seed = self.corpus.tokenizer, self.config.seed
         end, tokens = tokenizer.end_of_text, min(tokens, self.config.model.context)
         if self.config.objective == "causal":
-            steps = list(generate(self.model, [[end]] * count, tokens, Sampling(), {end}, seed))
+            steps = list(generate(model, [[end]] * count, tokens, Sampling(), {end}, seed))
             for column in zip(*steps, strict=True):
                 yield tokenizer.decode([t for t in column if t is not None and t != end])
             return
         batch = self.batch(next(self.held(count)), "held out", 0)
         for number in range(min(count, len(batch.inputs))):
             row = batch.each(lambda x, n=number: x[n : n + 1])
-            asked, said = self.answer(row, tokens)
+            asked, said = self.answer(model, row, tokens)
             yield f"{tokenizer.decode(asked)}\n→ {tokenizer.decode(said)}"
 
     @torch.no_grad()
-    def answer(self, row: Batch, tokens: int) -> tuple[list[int], list[int]]:
+    def answer(self, model: Transformer, row: Batch, tokens: int) -> tuple[list[int], list[int]]:
         """What the first piece of a row (1 T) asks, and the model's likeliest answer."""
         arch, end = self.config.model.arch, self.corpus.tokenizer.end_of_text
         last = int((row.hi if row.source is None else row.source_hi)[0, 0])
         asked = (row.inputs if row.source is None else row.source)[0, : last + 1]
         if arch == "encoder":
             asked, targets = asked[:tokens], row.targets[0, : last + 1][:tokens]
-            hidden = self.model(asked[None], dtype=self.dtype)[0]
-            said = self.model.logits(hidden[targets != IGNORE]).argmax(-1)
+            hidden = model(asked[None], dtype=self.dtype)[0]
+            said = model.logits(hidden[targets != IGNORE]).argmax(-1)
             return asked.tolist(), said.tolist()
         asked = asked.tolist()
         prompt, sources = ([end], [asked]) if arch == "encdec" else (asked, None)
         how = Sampling(greedy=True)
-        steps = generate(self.model, [prompt], tokens, how, {end}, 0, (), sources, True)
+        steps = generate(model, [prompt], tokens, how, {end}, 0, (), sources, True)
         return asked, [token for (token,) in steps if token not in (None, end)]
 
 
