@@ -96,24 +96,22 @@ def same_settings(world: Group, config: Train, marks: dict[str, str]) -> None:
         first = json.loads(world.tell(json.dumps([asdict(config), marks])))
         own = json.loads(json.dumps([asdict(config), marks]))
         if first != own:
-            pairs = [(flat(a), flat(b)) for a, b in zip(first, own, strict=True)]
-            found = [
-                f"{k} {b[k]!r} instead of {a[k]!r}" for a, b in pairs for k in a if a[k] != b[k]
-            ]
+            theirs, mine = ({**flat(s), **marks} for s, marks in (first, own))
+            unlike = [f"{k} {mine[k]!r}, not {x!r}" for k, x in theirs.items() if mine[k] != x]
             raise UserError(
-                f"rank {world.index} has not what the first rank has: {', '.join(found)}; start "
-                "all with the same settings and files"
+                f"rank {world.index} has other settings or files than the first: "
+                f"{', '.join(unlike)}; start all with the same"
             )
 
     agree(world, compare)
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Settings by their full names."""
     found = {}
     for name, value in values.items():
-        found |= (
-            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
+        deeper = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
     return found
 
 
@@ -229,7 +227,7 @@ class ParallelTraining(Training):
 def same_shapes(path: Path, wanted: Tensors, what: str) -> None:
     """UserError unless a file has these tensors."""
     with safe_open(path, "pt") as file:
-        found = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
+        found = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
     if found != {n: tuple(x.shape) for n, x in wanted.items()}:
         raise UserError(f"{path.parent} was made by another {what}: start a new run")
 
@@ -291,7 +289,7 @@ def bits(x: Tensor) -> int:
 
 @contextmanager
 def one_voice(world: Group) -> Iterator[None]:
-    """Inside, only the first rank prints, and a sentence that several have for the user comes once."""
+    """Inside, only the first rank prints, and a sentence that several have to say comes once."""
     with ExitStack() as stack:
         if world.index > 0:
             nothing = stack.enter_context(open(os.devnull, "w"))
@@ -309,14 +307,11 @@ def begin(config: Train, corpus: Corpus, world: Group) -> Training:
     """The state before the first step, of one process or of this one's part."""
     plan = config.plan
     if plan.size != world.size:
-        start = (
-            f"torchrun --nproc-per-node {plan.size} train.py"
-            if plan.size > 1
-            else "python train.py"
-        )
+        many = f"torchrun --nproc-per-node {plan.size}" if plan.size > 1 else "python"
         raise UserError(
-            f"the plan is for {plan.data} × {plan.pipeline} × {plan.tensor} = {plan.size} processes, "
-            f"and there are {world.size}: start it with {start}, or give another --plan"
+            f"the plan is for {plan.data} × {plan.pipeline} × {plan.tensor} = {plan.size} "
+            f"processes, and there are {world.size}: start it with {many} train.py, or give "
+            "another --plan"
         )
     if plan.size == 1 and not plan.exact:
         return Training(config, corpus)

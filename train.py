@@ -303,9 +303,10 @@ def script() -> None:
 
 def begin_or_go_on(arguments: list[str], world: Group) -> None:
     """Do what the arguments say, together with all other processes if there are any."""
-    opened = (
-        (lambda name: shared(world, lambda: Run.resume(name))) if world.size > 1 else Run.resume
-    )
+
+    def opened(name: str) -> Run:
+        return shared(world, lambda: Run.resume(name))
+
     config, run, changed = parse(after_restart(arguments), opened)
     pick_device(config.device)  # before long work
     if config.seeds == 1:
