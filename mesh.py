@@ -20,11 +20,15 @@ al. 2005 on the costs of collectives.
 """
 
 import os
+import platform
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -100,13 +104,16 @@ def tree(parts: Sequence[Tensor], add: Callable = torch.add) -> Tensor:
     return add(tree(parts[:half], add), tree(parts[half:], add))
 
 
+patience: timedelta | None = None  # that a member of a group waits for the others
+
+
 class Group:
     """Ranks that compute together. Every process makes every group, in the same order."""
 
     def __init__(self, ranks: Sequence[int], name: str, traffic: Counter, exact: bool = False):
         self.ranks, self.size, self.name = list(ranks), len(ranks), name
         self.traffic, self.exact = traffic, exact
-        self.handle = dist.new_group(self.ranks) if self.size > 1 else None
+        self.handle = dist.new_group(self.ranks, patience) if self.size > 1 else None
         me = rank()
         self.index = self.ranks.index(me) if me in self.ranks else -1
         nccl = dist.is_initialized() and dist.get_backend() == "nccl"
@@ -242,13 +249,50 @@ def join(timeout: float = 1800) -> Group:
 
 
 def start(timeout: float) -> None:
+    """Join by NCCL where there are GPUs, else by gloo.
+
+    torchrun's own store outlives a restart, with the addresses of the dead in it: each start has
+    names of its own there. On several machines, whose counts of restarts may differ, a new store
+    for each start does the same: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun.
+    """
     on = torch.cuda.is_available()
     if on:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "nccl" if on else "gloo"
-    # after a restart a shared store still has the addresses of the dead
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    global patience  # new groups don't take it from the first one
+    where, patience = {}, timedelta(seconds=timeout)
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if kept and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=patience)
+        count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        where = {"store": dist.PrefixStore(f"start {count}", store)} | {
+            "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])
+        }  # fmt: skip
+    dist.init_process_group("nccl" if on else "gloo", timeout=patience, **where)
+    common_store().set(f"process {rank()}", f"{platform.node()} {os.getpid()}")
+
+
+def common_store() -> dist.Store:
+    """Where all processes can leave words for each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def lost(error: BaseException) -> bool:
+    """Does the error say that another process has died or does not answer?"""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def end_the_stopped() -> None:
+    """Kill processes of this machine that were stopped: torchrun's SIGTERM does not reach them."""
+    with suppress(OSError, RuntimeError, dist.DistError):
+        for number in range(dist.get_world_size()):
+            where, pid = common_store().get(f"process {number}").decode().split()
+            if where == platform.node():
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                if state == "T":
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def first_to_say(text: str) -> bool:
@@ -256,8 +300,7 @@ def first_to_say(text: str) -> bool:
     if not dist.is_initialized():
         return True
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.add(f"said/{text}", 1) == 1
+        return common_store().add(f"said {text}", 1) == 1
     except (RuntimeError, dist.DistError):  # the first rank is gone, and has said it
         return rank() == 0
 

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data import Corpus
-from mesh import Group, Mesh, first_to_say
+from mesh import Group, Mesh, Plan, end_the_stopped, first_to_say, lost
 from model import Transformer
 from objectives import Batch
 from optim import Optimizer, build
@@ -301,11 +301,31 @@ def one_voice(world: Group) -> Iterator[None]:
             if not first_to_say(str(error)):
                 sys.exit(2)
             raise
+        except RuntimeError as error:
+            if not lost(error):
+                raise
+            end_the_stopped()
+            said = (
+                "a process has died or does not answer, and so all end; torchrun's --max-restarts"
+            )
+            if not first_to_say(said):
+                sys.exit(1)
+            why = str(error).splitlines()[0]
+            raise UserError(
+                f"{said} 3 would begin again from the last checkpoint ({why})"
+            ) from None
 
 
 def begin(config: Train, corpus: Corpus, world: Group) -> Training:
     """The state before the first step, of one process or of this one's part."""
     plan = config.plan
+    if plan.size == 1 and not plan.exact:
+        return Training(config, corpus)
+    return ParallelTraining(config, corpus, Mesh(plan.data, plan.pipeline, plan.tensor, plan.exact))
+
+
+def check_size(plan: Plan, world: Group) -> None:
+    """UserError unless there are as many processes as the plan is for."""
     if plan.size != world.size:
         many = f"torchrun --nproc-per-node {plan.size}" if plan.size > 1 else "python"
         raise UserError(
@@ -313,9 +333,6 @@ def begin(config: Train, corpus: Corpus, world: Group) -> Training:
             f"processes, and there are {world.size}: start it with {many} train.py, or give "
             "another --plan"
         )
-    if plan.size == 1 and not plan.exact:
-        return Training(config, corpus)
-    return ParallelTraining(config, corpus, Mesh(plan.data, plan.pipeline, plan.tensor, plan.exact))
 
 
 def shared(world: Group, make: Callable[[], Run]) -> Run:

@@ -38,7 +38,7 @@ from guard import failing
 from mesh import Group, Plan, join
 from model import preset_in
 from objectives import objective_for
-from parallel_training import after_restart, begin, lead, one_voice, shared
+from parallel_training import after_restart, begin, check_size, lead, one_voice, shared
 from run import Run, UserError, check_free, main, plot_loss, plot_scales, value_of
 from scaling import parameters
 from step import (
@@ -321,6 +321,7 @@ def begin_or_go_on(arguments: list[str], world: Group) -> None:
 
 def train(config: Train, run: Run | None, changed: list[str], world: Group) -> None:
     """Begin a run, or go on with one, until its last step or until somebody stops it."""
+    check_size(config.plan, world)
     if run is None and config.name:
         lead(world, lambda: check_free(config.name))
     special = objective_for(config.objective, config.model.arch).special

@@ -392,7 +392,7 @@ def resume(run: Run, corpus: Corpus) -> tuple:
     """What train.py --resume starts from: step, weights, optimizer, tokenizer."""
     training = Training(complete(stored(run), corpus.tokenizer.vocab_size), corpus)
     training.load(run)
-    parts = training.model.state_dict(), training.tensors()
+    parts = training.model.state_dict(), training.optimizer.tensors() | training.more()
     return training.step, *parts, corpus.tokenizer.fingerprint
 
 

@@ -1,17 +1,27 @@
 """Laws of train.py under a plan: the same run, saved and taken up under any other plan."""
 
 import os
+import random
+import re
+import signal
+import subprocess
+import time
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import ROOT
 from ranks import Ranks
 from test_train import write_texts
 
 import train
 from mesh import Group, Mesh, Plan
+from model import ModelConfig
+from parallel import Part
+from parallel_training import after_restart, check_copies
 from run import RUNS, Run, UserError, load_tensors
 
 TINY = [
@@ -19,6 +29,9 @@ TINY = [
     *("--tokenizer.kind", "bytes", "--data.path", "text", "--batch", "8", "--save-every", "3"),
     *("--evaluate-every", "6", "--device", "cpu", "--dtype", "float32", "--model.dropout", "0.1"),
 ]
+
+
+MODEL = ModelConfig(dim=16, heads=8, layers=3, context=16, vocab_size=97)
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +133,134 @@ def test_saved_under_one_plan_resumed_under_another(ranks, folder, first, then):
     plain, many = ended("plain", 6), ended("many", 6)
     assert plain.keys() == many.keys()
     assert [n for n, x in plain.items() if not torch.equal(x, many[n])] == []
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def one_bit_off(plan: Plan, rank: int, name: str) -> str:
+    """What check_copies says when one rank has one other bit in its first weight of this name."""
+    mesh = Mesh(plan.data, plan.pipeline, plan.tensor)
+    part = Part(MODEL, plan, mesh)
+    part.initialize(0)
+    p = next((p for p in part.parameters() if p.place.name == name), None)
+    if dist.get_rank() == rank:
+        p.data.view(torch.int32).view(-1)[0] ^= 1
+    try:
+        check_copies(part)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("plan, rank, name, said", [
+    (Plan(2, 2, 2), -1, "", ""), (Plan(8, 1, 1), -1, "", ""),
+    (Plan(2, 2, 2), 5, "layers.0.attention.query.weight", r"\[1, 5\].*query"),
+    (Plan(1, 2, 4), 6, "norm.weight", r"\[4, 5, 6, 7\].*norm"),
+    (Plan(1, 8, 1), 7, "embedding", r"\[0, 7\].*embedding"),
+])  # fmt: skip
+def test_copies_that_differ_in_a_bit_are_found_by_all(ranks, plan, rank, name, said):
+    found = ranks.run(one_bit_off, plan, rank, name)
+    assert len(set(found)) == 1
+    assert re.search(said, found[0]) if said else not found[0]
+
+
+def other_settings(folder: Path) -> str:
+    os.environ["RANK"] = str(dist.get_rank())
+    seed = "5" if dist.get_rank() == 3 else "0"
+    return trained(folder, Plan(data=8), ["--steps", "3", "--name", "other", "--seed", seed])
+
+
+def test_ranks_with_other_settings_are_found_at_the_start(ranks, folder):
+    found = set(ranks.run(other_settings, folder, timeout=60))
+    assert found == {
+        "rank 3 has other settings or files than the first: seed 5, not 0; start all with the same"
+    }
+    assert not (RUNS / "other").exists()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--plan.tensor", "3"], "torchrun --nproc-per-node 3"),
+    (["--watch-every", "2", "--plan.exact"], "for one process"),
+])  # fmt: skip
+def test_what_one_process_cannot_do_is_told(folder, arguments, said):
+    with pytest.raises(UserError, match=said):
+        train.begin_or_go_on([*TINY, *arguments], Group([0], "", Counter()))
+
+
+def test_a_restart_goes_on_with_the_run_of_its_name(folder, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="--name"):
+        after_restart([])
+    assert after_restart(["--name", "a"]) == ["--name", "a"]
+    Run.create("a", {})
+    assert after_restart(["--name", "a"]) == ["--name", "a", "--resume"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert after_restart(["--name", "a"]) == ["--name", "a"]
+
+
+STEPS, SIZE = 60, 4
+HARM = ["SIGKILL", "SIGSTOP", "SIGINT"]  # two of the last are an exception wherever it is just then
+
+
+def launched(folder: Path, name: str) -> subprocess.Popen:
+    """A run under torchrun, of four processes that find each other silent after some seconds."""
+    arguments = [
+        *TINY, *flags(Plan(2, 1, 2, exact=True)), *ADAMW, "--plan.timeout", "6",
+        "--steps", str(STEPS), "--name", name,
+    ]  # fmt: skip
+    start = ["torchrun", "--nproc-per-node", str(SIZE), "--max-restarts", "3"]
+    with open(folder / f"{name}.log", "w") as log:
+        return subprocess.Popen(
+            [*start, "--monitor-interval", "0.2", ROOT / "train.py", *arguments],
+            cwd=folder, stdout=log, stderr=log,
+        )  # fmt: skip
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def lines(folder: Path, name: str) -> int:
+    path = folder / "runs" / name / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def harmed(folder: Path, name: str, draw: random.Random) -> tuple[str, float]:
+    """Do harm to a process of a run at a random moment; what, and the seconds until it goes on."""
+    process = launched(folder, name)
+    while lines(folder, name) < 1 + draw.randrange(STEPS - 10) and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(draw.random() / 10)
+    victim, what, done = draw.choice(children(process)), draw.choice(HARM), lines(folder, name)
+    for _ in range(1 + (what == "SIGINT")):
+        os.kill(victim, getattr(signal, what))
+        time.sleep(0.001)
+    start, again = time.monotonic(), 0.0
+    while process.poll() is None:
+        time.sleep(0.02)
+        workers = children(process)
+        if not again and workers and victim not in workers and lines(folder, name) != done:
+            again = time.monotonic() - start
+        assert time.monotonic() < start + 200, (what, (folder / f"{name}.log").read_text()[-2000:])
+    assert process.returncode == 0, (what, (folder / f"{name}.log").read_text()[-3000:])
+    return what, again
+
+
+def assert_ends_in_the_same_bits(folder: Path, count: int, seed: int) -> None:
+    assert launched(folder, "whole").wait() == 0
+    whole = ended("whole", STEPS)
+    for n in range(count):
+        what, again = harmed(folder, f"run{n}", random.Random(seed + n))
+        print(f"{what:8} goes on after {again:.1f} s", flush=True)
+        found = ended(f"run{n}", STEPS)
+        assert [name for name, x in whole.items() if not torch.equal(x, found[name])] == []
+
+
+@pytest.mark.slow
+def test_harmed_runs_end_in_the_same_bits(folder, capsys):
+    with capsys.disabled():
+        assert_ends_in_the_same_bits(folder, 50, 0)
