@@ -22,8 +22,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ from mesh import Group, Mesh, Plan, end_the_stopped, first_to_say, lost
 from model import Transformer
 from objectives import Batch
 from optim import Optimizer, build
-from parallel import Part, evaluate, update
+from parallel import Part, check, evaluate, update
 from recompute import recompute
 from run import RUNS, Run, Tensors, UserError, value_of
 from split import Place
-from step import Update
-from training import Train, Training
+from step import Update, device_memory, pick_device
+from training import Train, Training, least_bytes
 
 # --- one voice ------------------------------------------------------------------------------------
 
@@ -128,6 +129,7 @@ class ParallelTraining(Training):
             raise UserError("--watch-every and --dry-run are for one process: leave --plan out")
         if config.plan.exact:
             torch.use_deterministic_algorithms(True)
+        agree(mesh.world, lambda: check_fits(config, pick_device(config.device)))
         agree(mesh.world, lambda: super(ParallelTraining, self).__init__(config, corpus))
         same_settings(mesh.world, config, self.texts())
 
@@ -333,6 +335,52 @@ def check_size(plan: Plan, world: Group) -> None:
             f"processes, and there are {world.size}: start it with {many} train.py, or give "
             "another --plan"
         )
+
+
+def check_fits(config: Train, device: torch.device) -> None:
+    """UserError, with the nearest plan that would fit, if a process would need too much memory."""
+    plan, there = config.plan, device_memory(device)
+    if device.type == "cpu":  # which all processes of a machine share
+        there /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def fits(plan: Plan) -> bool:
+        try:
+            check(config.model, plan)
+        except UserError:
+            return False
+        return least_bytes(replace(config, plan=plan)) <= there
+
+    def far(other: Plan) -> tuple[int, float]:
+        pairs = [
+            (getattr(plan, n), getattr(other, n)) for n in ("data", "pipeline", "tensor", "zero")
+        ]
+        return sum(a != b for a, b in pairs), sum(abs(a - b) for a, b in pairs)
+
+    if least_bytes(config) <= there:
+        return
+    near = min(filter(fits, others(plan)), key=far, default=None)
+    instead = "none for as many processes does: choose smaller sizes, or more of them"
+    if near:
+        instead = (
+            f"the nearest that fits is --plan.data {near.data} --plan.pipeline {near.pipeline} "
+            f"--plan.tensor {near.tensor} --plan.zero {near.zero}"
+        )
+    raise UserError(
+        f"under this plan a process needs at least {least_bytes(config) / 1e9:,.1f} GB, and has "
+        f"{there / 1e9:,.1f}: {instead}"
+    )
+
+
+def others(plan: Plan) -> Iterator[Plan]:
+    """All plans for as many processes."""
+    sides = [n for n in range(1, plan.size + 1) if plan.size % n == 0]
+    for data, pipeline, zero in product(sides, sides, range(4)):
+        if plan.size % (data * pipeline) == 0:
+            tensor = plan.size // (data * pipeline)
+            with suppress(UserError):
+                yield replace(
+                    plan, data=data, pipeline=pipeline, tensor=tensor, zero=zero, layers=()
+                )
 
 
 def shared(world: Group, make: Callable[[], Run]) -> Run:

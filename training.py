@@ -152,17 +152,26 @@ def lasting(config: Train) -> dict:
     return values
 
 
+def least_bytes(config: Train) -> int:
+    """That a process must hold at least: weights, gradients, optimizer, and some of what backward
+    needs, which is twice the stream for each block.
+
+    ZeRO 1 divides 8 bytes of a weight's 16 among the copies, ZeRO 2 4 more, ZeRO 3 all.
+    """
+    c, plan = config.model, config.plan
+    divided = (0, 8, 12, 16)[plan.zero]
+    each = 16 - divided + divided / plan.data
+    stream = 2 * 4 * config.batch * c.context * c.dim * c.layers / plan.data
+    return int((each * sum(parameters(c).values()) / plan.tensor + stream) / plan.pipeline)
+
+
 class Training:
     """The state of a run between two steps, which a checkpoint keeps and a resumed run takes up."""
 
     def __init__(self, config: Train, corpus: Corpus):
         self.config, self.corpus = config, corpus
         self.device, self.dtype = pick_device(config.device), getattr(torch, config.dtype)
-        tokens = config.batch * config.model.context
-        kept = 2 * 4 * tokens * config.model.dim * config.model.layers  # of what backward needs
-        share = config.plan.pipeline * config.plan.tensor
-        needed = 16 * sum(parameters(config.model).values()) + kept // config.plan.data
-        check_memory(needed // share, self.device)
+        check_memory(least_bytes(config), self.device)
         words, context, arch = corpus.tokenizer, config.model.context, config.model.arch
         self.objective = objective_for(config.objective, arch)
         self.vocabulary = vocabulary_for(

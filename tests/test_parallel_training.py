@@ -17,12 +17,14 @@ from conftest import ROOT
 from ranks import Ranks
 from test_train import write_texts
 
+import parallel_training
 import train
 from mesh import Group, Mesh, Plan
 from model import ModelConfig
 from parallel import Part
-from parallel_training import after_restart, check_copies
+from parallel_training import after_restart, check_copies, check_fits
 from run import RUNS, Run, UserError, load_tensors
+from training import Train
 
 TINY = [
     *("--model.dim", "16", "--model.heads", "8", "--model.layers", "3", "--model.context", "16"),
@@ -195,6 +197,20 @@ def test_ranks_with_other_settings_are_found_at_the_start(ranks, folder):
 def test_what_one_process_cannot_do_is_told(folder, arguments, said):
     with pytest.raises(UserError, match=said):
         train.begin_or_go_on([*TINY, *arguments], Group([0], "", Counter()))
+
+
+@pytest.mark.parametrize("memory, said", [
+    (1e9, None), (90e6, "--plan.data 2 --plan.pipeline 1 --plan.tensor 1 --plan.zero 1"),
+    (60e6, "--plan.data 2 --plan.pipeline 1 --plan.tensor 1 --plan.zero 3"), (45e6, "none for"),
+])  # fmt: skip
+def test_a_plan_that_does_not_fit_is_told_with_the_nearest_that_does(monkeypatch, memory, said):
+    model = ModelConfig(dim=256, heads=8, layers=8, context=16, vocab_size=257)
+    config = Train(model=model, plan=Plan(data=2), batch=2, device="cpu")
+    monkeypatch.setattr(parallel_training, "device_memory", lambda device: memory)
+    if said is None:
+        return check_fits(config, torch.device("cpu"))
+    with pytest.raises(UserError, match=said):
+        check_fits(config, torch.device("cpu"))
 
 
 def test_a_restart_goes_on_with_the_run_of_its_name(folder, monkeypatch):
