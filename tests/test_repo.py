@@ -52,7 +52,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["generate", "plan_costs"],
     ["plan"],
     ["evaluate", "parallel", "training"],
-    ["dry_run"],
+    ["dry_run", "parallel_training"],
     ["train", "align", "bench"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
