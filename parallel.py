@@ -21,7 +21,7 @@ Letters: B batch · T tokens · C model width · V vocabulary · M micro-batches
 """
 
 from collections.abc import Iterable
-from math import gcd, inf, isfinite
+from math import gcd, inf
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from positions import NoPosition
 from run import UserError
 from schedule import SCHEDULES
 from split import Cut, Place, share, split_block, split_cross_entropy, split_embedding
-from step import LossScale, NotFinite, Update, source_of
+from step import LossScale, Update, move, source_of
 
 VIRTUAL = 8  # parts of every layer in exact mode, at most: a power of two
 
@@ -381,16 +381,8 @@ def update(
     factor = scale.scale if scale else 1.0
     loss = accumulate(part, batches, plan, dtype, factor / max(1, tokens)) / max(1, tokens)
     norm = clip(part, config, factor)
-    finite = isfinite(loss) and isfinite(norm)
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    elif scale is None or factor < 1 or not isfinite(loss):
-        raise NotFinite(f"the loss is {loss} and the norm of its gradient {norm}")
-    if scale:
-        scale.after(finite)
-    return Update(loss, tokens, norm, finite)
+    said = f"the loss is {loss} and the norm of its gradient {norm}"
+    return Update(loss, tokens, norm, move(optimizer, lr, loss, norm, scale, lambda: said))
 
 
 def accumulate(

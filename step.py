@@ -19,9 +19,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,16 +191,28 @@ def update(
     factor = scale.scale if scale else 1.0
     loss, tokens = accumulate(model, batches, dtype, factor)
     norm = clip(model.parameters(), config.clip, config.clip_by, factor)
+    fault = partial(whose_fault, model, batches, dtype, loss)
+    return Update(loss, tokens, norm, move(optimizer, lr, loss, norm, scale, fault))
+
+
+def move(
+    optimizer: Optimizer, lr: float, loss: float, norm: float, scale: LossScale | None,
+    fault: Callable[[], str],
+) -> bool:  # fmt: skip
+    """Let the optimizer step, if loss and norm are numbers; has it?
+
+    NotFinite, with what `fault` says, if they are none and no loss scale can be to blame.
+    """
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    elif scale is None or factor < 1 or not math.isfinite(loss):
-        raise NotFinite(whose_fault(model, batches, dtype, loss))
+    elif scale is None or scale.scale < 1 or not math.isfinite(loss):
+        raise NotFinite(fault())
     if scale:
         scale.after(finite)
-    return Update(loss, tokens, norm, finite)
+    return finite
 
 
 def whose_fault(
