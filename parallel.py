@@ -21,6 +21,8 @@ Letters: B batch · T tokens · C model width · V vocabulary · M micro-batches
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from math import gcd, inf
 
 import torch
@@ -41,6 +43,7 @@ from run import UserError
 from schedule import SCHEDULES
 from split import Cut, Place, share, split_block, split_cross_entropy, split_embedding
 from step import LossScale, Update, move, source_of
+from zero import Shards, holders
 
 VIRTUAL = 8  # parts of every layer in exact mode, at most: a power of two
 
@@ -66,6 +69,7 @@ class Part(Transformer):
         if parts > 1:
             self.split()
         self.keep_own(plan)
+        self.shards: Shards | None = None  # of ZeRO, once there is an optimizer
 
     @property
     def device(self) -> torch.device:
@@ -322,7 +326,7 @@ def through_pipeline(
             kept[step.micro] = x, y
             continue
         x, y = kept.pop(step.micro)
-        if step == steps[-1] and not plan.exact:
+        if step == steps[-1] and not plan.exact and plan.zero < 2:
             buckets.open()
         if mesh.last:
             (y * scale).backward()
@@ -332,6 +336,8 @@ def through_pipeline(
             dx = x.grad.contiguous()
             sent.append((dx, mesh.down.send(dx, stage - 1)))
         gradients.done()
+        if part.shards:
+            part.shards.end()
     for _, wait in sent:
         wait()
     return losses
@@ -355,17 +361,18 @@ def evaluate(
     """
     mesh, batches = part.mesh, list(batches)
     nats, sent = torch.zeros(max(1, len(batches)), dtype=torch.float64), []
-    for first in range(0, len(batches), plan.data):
-        number = first + mesh.data.index
-        batch = batches[min(number, len(batches) - 1)]
-        x = None if mesh.first else received(part, batch, plan, dtype)
-        y = part.run(batch, x, dtype)
-        if not mesh.last:
-            sent.append((y, mesh.up.send(y.contiguous(), mesh.pipeline.index + 1)))
-        elif mesh.tensor.index == 0 and number < len(batches):
-            nats[number] = y.item()
-    for _, wait in sent:
-        wait()
+    with opened(part):
+        for first in range(0, len(batches), plan.data):
+            number = first + mesh.data.index
+            batch = batches[min(number, len(batches) - 1)]
+            x = None if mesh.first else received(part, batch, plan, dtype)
+            y = part.run(batch, x, dtype)
+            if not mesh.last:
+                sent.append((y := y.contiguous(), mesh.up.send(y, mesh.pipeline.index + 1)))
+            elif mesh.tensor.index == 0 and number < len(batches):
+                nats[number] = y.item()
+        for _, wait in sent:
+            wait()
     nats = mesh.world.sum_(nats.to(mesh.world.device))
     return tree(nats.unbind()).item(), sum(int((b.targets != IGNORE).sum()) for b in batches)
 
@@ -375,14 +382,19 @@ def update(
     plan: Plan, dtype: torch.dtype, scale: LossScale | None = None,
 ) -> Update:  # fmt: skip
     """One step of all ranks together; as step.update, NotFinite before any weight has moved."""
-    for p in part.parameters():
+    for p in (*part.parameters(), *holders(part)):
         p.grad = None
     tokens = sum(int((b.targets != IGNORE).sum()) for b in batches)
     factor = scale.scale if scale else 1.0
     loss = accumulate(part, batches, plan, dtype, factor / max(1, tokens)) / max(1, tokens)
     norm = clip(part, config, factor)
     said = f"the loss is {loss} and the norm of its gradient {norm}"
-    return Update(loss, tokens, norm, move(optimizer, lr, loss, norm, scale, lambda: said))
+    if part.shards:
+        part.shards.before_step()
+    moved = move(optimizer, lr, loss, norm, scale, lambda: said)
+    if part.shards:
+        part.shards.after_step()
+    return Update(loss, tokens, norm, moved)
 
 
 def accumulate(
@@ -391,23 +403,37 @@ def accumulate(
     """Leave `scale` times the gradient of Σ −log p over all batches in each weight; that sum."""
     mesh, micros = part.mesh, micro_batches(batches, plan)
     own = own_share(len(micros), plan, mesh.data.index)
+    some = [micros[i] for i in own]
+    if plan.zero > 1:  # whoever gathers and scatters must do so as often as the others
+        most = max(len(own_share(len(micros), plan, i)) for i in range(plan.data))
+        some += [nothing_asked(micros[0])] * (most - len(own))
     params = list(part.parameters())
     gradients = Gradients(params, plan.exact)
     buckets = Buckets(params, mesh.data)
-    losses = through_pipeline(
-        part, [micros[i] for i in own], plan, dtype, scale, gradients, buckets
-    )
-    gradients.finish()
-    buckets.finish()
-    add_tied(part)
+    with opened(part):
+        losses = through_pipeline(part, some, plan, dtype, scale, gradients, buckets)[: len(own)]
+    if plan.zero < 2:
+        gradients.finish()
+        buckets.finish()
+        add_tied(part)
+    holder = dict(zip(params, holders(part), strict=True))
     for copies, group in part.shared():
         for p in copies:
-            group.sum_(p.grad)
+            group.sum_(holder[p].grad)
     each = torch.zeros(len(micros), dtype=torch.float64)
     if mesh.last and mesh.tensor.index == 0:
         each[own.start : own.stop] = torch.tensor(losses, dtype=torch.float64)
     each = mesh.world.sum_(each.to(micros[0].inputs.device))
     return tree(each.unbind()).item()
+
+
+def nothing_asked(batch: Batch) -> Batch:
+    """The same, of which no token counts."""
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORE))
+
+
+def opened(part: Part) -> AbstractContextManager:
+    return part.shards.open() if part.shards else nullcontext()
 
 
 def add_tied(part: Part) -> None:
@@ -430,14 +456,17 @@ def clip(part: Part, config: OptimConfig, scale: float) -> float:
 
     Squares are added in float64, in an order that does not depend on the plan.
     """
-    params = list(part.parameters())
+    params, group = holders(part), part.mesh.model
+    if part.shards and part.shards.stage > 1:  # each number's gradient is on one rank of data
+        group = part.mesh.world
     squares = torch.zeros(len(part.numbers), part.cut.parts, dtype=torch.float64)
     for p in params:
         if p.place.here:
-            each = p.grad.chunk(p.place.several, p.place.dim)
+            several = p.place.several
+            each = p.grad.chunk(several, p.place.dim) if several > 1 else [p.grad]
             for i, g in enumerate(each, p.place.part):
                 squares[part.numbers[p.place.name], i] += g.double().square().sum()
-    norm = part.mesh.model.sum_(squares.to(part.device)).sum().sqrt().item() / scale
+    norm = group.sum_(squares.to(part.device)).sum().sqrt().item() / scale
     factor = 1 / scale
     grads = [p.grad for p in params]
     if config.clip_by == "norm" and 0 < config.clip < norm < inf:

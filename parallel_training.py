@@ -32,17 +32,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import optim
 from data import Corpus
 from mesh import Group, Mesh, Plan, end_the_stopped, first_to_say, lost
 from model import Transformer
 from objectives import Batch
-from optim import Optimizer, build
 from parallel import Part, check, evaluate, update
 from recompute import recompute
 from run import RUNS, Run, Tensors, UserError, value_of
 from split import Place
 from step import Update, device_memory, pick_device
 from training import Train, Training, least_bytes
+from zero import build, held
 
 # --- one voice ------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class ParallelTraining(Training):
         self.model.initialize(c.seed)
         self.model.to(self.device)
         recompute(self.model, c.recompute)
-        self.optimizer = build(self.model.named(), c.optim, self.dtype)
+        self.optimizer = build(self.model, c.optim, self.dtype, c.plan)
 
     def lead(self, function: Callable[[], Any]) -> Any:
         return lead(self.mesh.world, function)
@@ -167,7 +168,7 @@ class ParallelTraining(Training):
         """The plain model and its optimizer's tensors, without memory."""
         with torch.device("meta"):
             model = Transformer(self.config.model, seed=None)
-            optimizer = build(model.named_parameters(), self.config.optim)
+            optimizer = optim.build(model.named_parameters(), self.config.optim)
         return model, optimizer.tensors()
 
     def weights_and_state(self) -> tuple[Tensors, Tensors]:
@@ -234,25 +235,19 @@ def same_shapes(path: Path, wanted: Tensors, what: str) -> None:
         raise UserError(f"{path.parent} was made by another {what}: start a new run")
 
 
-def held(part: Part, optimizer: Optimizer) -> Iterator[tuple[str, Place, Tensor]]:
-    """What this rank holds of weights and of the optimizer's tensors: kind, place, numbers."""
-    first = part.mesh.data.index == 0
-    for p in part.parameters():
-        place = p.place._replace(here=p.place.here and first)
-        yield "weight", place, p.data
-        for kind, x in optimizer.state[p].items():
-            yield kind, place, x
-
-
 # --- guards ---------------------------------------------------------------------------------------
 
 
 def check_copies(part: Part) -> None:
     """UserError on all ranks if two that should hold the same weights hold different bits."""
     mesh = part.mesh
-    params = {f"{p.place.name}/{p.place.lo}": p for p in part.parameters()}
+    weights = list(part.parameters())
+    whole = part.shards is None or part.shards.stage < 3  # else no other copy has the same numbers
+    if not whole:
+        weights = [part.shards.of[p] for p in weights]
+    params = {f"{p.place.name}/{p.place.lo}": p for p in weights}
     kinds = [
-        (mesh.data, params),
+        (mesh.data, params if whole else {}),
         (mesh.tensor, {n: p for n, p in params.items() if p.place.hi < 0}),
     ]
     if part.config.tied and (mesh.first or mesh.last):

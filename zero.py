@@ -1,0 +1,319 @@
+"""ZeRO: copies of a model that divide among them what each would hold as well as the others.
+
+Idea: with data parallelism every rank holds the same optimizer state, gradients and weights. So let
+each of N ranks hold of every weight only the i-th N-th of its numbers in a row, its shard, and what
+is needed whole is gathered and dropped again (Rajbhandari et al. 2020, section 5):
+
+    1   the optimizer knows shards only; behind its step the weights are gathered
+    2   gradients, too: what a backward pass has made is summed into the shards and dropped
+    3   weights, too: those of a block are gathered before the block, forward and backward
+
+The sums are those of data parallelism in other portions, and elementwise optimizers do not care
+where a number lives. Muon and Adafactor move whole matrices: these are put together from all who
+hold a part of them, shards or the rows and columns of tensor parallelism, moved, and cut again.
+
+Run: python -m pytest tests/test_zero.py
+
+Papers: Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054); Zhao et al. 2023, FSDP (arXiv 2304.11277).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+import optim
+from data_parallel import BUCKET
+from mesh import Group, Plan
+from optim import Adafactor, Muon, OptimConfig, Optimizer
+from split import Place
+
+if TYPE_CHECKING:
+    from parallel import Part
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def border(size: int, rank: int, ranks: int) -> int:
+    """Where the shard of a rank begins."""
+    return size * rank // ranks
+
+
+class Unit:
+    """Weights that travel together, and this rank's shards of them.
+
+    On the way the shards of a rank lie one behind the other in a row, filled up to the length of
+    the longest row.
+    """
+
+    def __init__(self, params: list[Parameter], shards: list[Parameter], group: Group):
+        self.params, self.shards, self.group = params, shards, group
+        self.ready = 0  # weights whose gradient the backward pass has finished
+        self.bounds = [
+            [(border(p.numel(), r, group.size), border(p.numel(), r + 1, group.size))
+             for p in params] for r in range(group.size)
+        ]  # fmt: skip
+        self.most = max(sum(hi - lo for lo, hi in row) for row in self.bounds)
+
+    def gather(self) -> None:
+        """Fill the weights with what all ranks hold of them."""
+        row = torch.cat([s.detach() for s in self.shards])
+        row = torch.nn.functional.pad(row, (0, self.most - len(row)))
+        for p in self.params:
+            p.untyped_storage().resize_(p.nbytes)
+        for theirs, bounds in zip(self.group.gather(row[None]), self.bounds, strict=True):
+            sizes = [hi - lo for lo, hi in bounds]
+            pieces = theirs[: sum(sizes)].split(sizes)
+            for p, piece, (lo, hi) in zip(self.params, pieces, bounds, strict=True):
+                p.data.view(-1)[lo:hi] = piece
+
+    def free(self) -> None:
+        """Give the memory of the weights back; their shards stay."""
+        for p in self.params:
+            p.untyped_storage().resize_(0)
+
+    def scatter(self) -> None:
+        """Add to the gradient of each shard what all ranks have of it, and drop the gradients."""
+        grads = [
+            torch.zeros(p.numel(), dtype=p.dtype, device=p.device) if p.grad is None
+            else p.grad.flatten() for p in self.params
+        ]  # fmt: skip
+        rows = grads[0].new_zeros(self.group.size, self.most)
+        for row, bounds in zip(rows, self.bounds, strict=True):
+            own = torch.cat([g[lo:hi] for g, (lo, hi) in zip(grads, bounds, strict=True)])
+            row[: len(own)] = own
+        for p in self.params:
+            p.grad = None
+        own = self.group.scatter(rows)[0]
+        for s, g in zip(self.shards, own[: self.size].split([len(s) for s in self.shards]),
+                        strict=True):  # fmt: skip
+            s.grad = g.clone() if s.grad is None else s.grad + g
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.shards))
+
+
+class Shards:
+    """What ZeRO makes of a part of a model."""
+
+    def __init__(self, part: Part, stage: int):
+        self.stage, group = stage, part.mesh.data
+        self.of = {p: shard(p, group, own=stage == 3) for p in part.parameters()}
+        divided = blocks_and_root(part) if stage == 3 else in_buckets(list(self.of))
+        self.units = [Unit(params, [self.of[p] for p in params], group) for params in divided]
+        self.sent = 0  # units whose gradients have left in this backward pass
+        if stage >= 2:
+            for unit in self.units:
+                for p in unit.params:
+                    p.register_post_accumulate_grad_hook(lambda _, unit=unit: self.ready(unit))
+        if stage == 3:
+            for unit, block in zip(self.units, blocks_of(part), strict=False):
+                follow(block, unit)
+            for unit in self.units:
+                unit.free()
+
+    def ready(self, unit: Unit) -> None:
+        """A gradient of a unit is there: units leave when full, on every rank in the same order."""
+        unit.ready += 1
+        while self.sent < len(self.units) and (
+            self.units[self.sent].ready == len(self.units[self.sent].params)
+        ):
+            self.send()
+
+    def send(self) -> None:
+        unit = self.units[self.sent]
+        unit.scatter()
+        if self.stage == 3 and unit is not self.units[-1]:
+            unit.free()
+        self.sent += 1
+
+    def end(self) -> None:
+        """Behind a backward pass: send what no gradient has come for."""
+        while self.stage >= 2 and self.sent < len(self.units):
+            self.send()
+        self.sent = 0
+        for unit in self.units:
+            unit.ready = 0
+
+    def before_step(self) -> None:
+        """Show the optimizer the gradients of the shards."""
+        for p, s in self.of.items():
+            if self.stage == 1:
+                s.grad = p.grad.view(-1)[s.place.first : s.place.last]
+            elif s.grad is None:
+                s.grad = torch.zeros_like(s)
+
+    def after_step(self) -> None:
+        """Let all have the weights again that all hold."""
+        for unit in self.units if self.stage < 3 else ():
+            unit.gather()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, what lies outside the blocks is there."""
+        if self.stage == 3:
+            self.units[-1].gather()
+        yield
+        if self.stage == 3:
+            self.units[-1].free()
+
+
+def shard(p: Parameter, group: Group, own: bool) -> Parameter:
+    """Its numbers first … last−1 in a row, as a view, or in memory of their own."""
+    first, last = (border(p.numel(), group.index + i, group.size) for i in (0, 1))
+    piece = p.data.view(-1)[first:last]
+    made = Parameter(piece.clone() if own else piece)
+    made.place = p.place._replace(first=first, last=last)
+    return made
+
+
+def in_buckets(params: list[Parameter]) -> list[list[Parameter]]:
+    """Neighbours of about BUCKET bytes together, the last weights first."""
+    found, size = [[]], 0
+    for p in reversed(params):
+        if size + p.nbytes > BUCKET and found[-1]:
+            found.append([])
+            size = 0
+        found[-1].append(p)
+        size += p.nbytes
+    return found
+
+
+def blocks_of(part: Part) -> list[nn.Module]:
+    """In the order in which the backward pass comes to them."""
+    encoder = [] if part.encoder is None else list(part.encoder.layers)
+    return [*reversed(part.layers), *reversed(encoder)]
+
+
+def blocks_and_root(part: Part) -> list[list[Parameter]]:
+    """The weights of each block, and last those of no block.
+
+    A decoder's look at an encoder computes keys before the block begins: that part belongs to none.
+    """
+    inside = [
+        [p for name, p in block.named_parameters() if not name.startswith("cross.")]
+        for block in blocks_of(part)
+    ]
+    taken = {p for params in inside for p in params}
+    return [*inside, [p for p in part.parameters() if p not in taken]]
+
+
+def follow(block: nn.Module, unit: Unit) -> None:
+    """Gather a block's weights before it computes, forward or backward, and free them behind."""
+
+    def behind(module: nn.Module, inputs: tuple, output: tuple) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: unit.gather())
+        unit.free()
+
+    block.register_forward_pre_hook(lambda module, inputs: unit.gather())
+    block.register_forward_hook(behind)
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+def build(part: Part, config: OptimConfig, dtype: torch.dtype | None, plan: Plan) -> Optimizer:
+    """The optimizer of what this rank holds; afterwards `part.shards` is what ZeRO made of it."""
+    optimizer = optim.build(part.named(), config, dtype)
+    part.shards = Shards(part, plan.zero) if plan.zero else None
+    for group in optimizer.param_groups if part.shards else ():
+        whole, group["params"] = group["params"], [part.shards.of[p] for p in group["params"]]
+        for p, s in zip(whole, group["params"], strict=True):
+            optimizer.state[s] = {kind: torch.zeros_like(s) for kind in optimizer.state.pop(p)}
+    if isinstance(optimizer, Muon | Adafactor) and (plan.exact or plan.size > 1):
+        by_whole_weights(part, optimizer, plan.exact)
+    return optimizer
+
+
+def by_whole_weights(part: Part, optimizer: Optimizer, exact: bool) -> None:
+    """Let an optimizer that looks at whole matrices see them, one by one.
+
+    Adafactor's means of rows and columns, which are small, are kept whole.
+    """
+    move, adafactor = optimizer.move, isinstance(optimizer, Adafactor)
+
+    def whole(params: list[Parameter], group: dict[str, Any]) -> None:
+        if not adafactor and not group["inside"]:
+            return move(params, group)
+        divided = [p for p in params if exact or is_divided(p)]
+        if together := [p for p in params if not exact and not is_divided(p)]:
+            move(together, group)
+        for _, some in groupby(divided, key=lambda p: (p.place.name, p.place.here)):
+            move_whole(part, optimizer, move, list(some), group)
+
+    optimizer.move = whole
+    for group in optimizer.param_groups if adafactor else ():
+        divided = [p for p in group["params"] if is_divided(p)]
+        for _, some in groupby(divided, key=lambda p: (p.place.name, p.place.here)):
+            first, *others = some
+            like = torch.zeros(first.place.shape, dtype=first.dtype, device=first.device)
+            optimizer.state[first] = optimizer.fresh(like, group)
+            for p in others:
+                optimizer.state[p] = {}
+
+
+def is_divided(p: Parameter) -> bool:
+    return p.place.hi >= 0 or p.place.last >= 0
+
+
+def move_whole(
+    part: Part, optimizer: Optimizer, move, params: list[Parameter], group: dict[str, Any]
+) -> None:
+    """Move one weight of the plain model, of which `params` are this rank's parts."""
+    state, adafactor = optimizer.state, isinstance(optimizer, Adafactor)
+    W = Parameter(assembled(part, params, [p.detach() for p in params]))
+    W.grad = assembled(part, params, [p.grad for p in params])
+    state[W] = state[params[0]] if adafactor else {
+        kind: assembled(part, params, [state[p][kind] for p in params]) for kind in state[params[0]]
+    }  # fmt: skip
+    move([W], group)
+    for p in params:
+        p.copy_(p.place.read(W))
+        for kind, x in () if adafactor else state[p].items():
+            x.copy_(p.place.read(state[W][kind]))
+    del state[W]
+
+
+def assembled(part: Part, params: list[Parameter], own: list[Tensor]) -> Tensor:
+    """A tensor of the plain model's shape, from those who hold a part each: all others say 0."""
+    place: Place = params[0].place
+    whole = torch.zeros(place.shape, dtype=own[0].dtype, device=own[0].device)
+    for p, x in zip(params, own, strict=True):
+        p.place.write(whole, x)
+    bits = whole.view(torch.uint8)
+    if place.hi >= 0:
+        part.mesh.tensor.sum_(bits)
+    if place.last >= 0:
+        part.mesh.data.sum_(bits)
+    return whole
+
+
+def holders(part: Part) -> list[Parameter]:
+    """Of each weight what has its gradient: itself, or the shard that took it."""
+    shards = part.shards
+    return [shards.of[p] if shards and shards.stage > 1 else p for p in part.parameters()]
+
+
+def held(part: Part, optimizer: Optimizer) -> Iterator[tuple[str, Place, Tensor]]:
+    """What this rank holds: "weight" or the kind of an optimizer's tensor, its place, its numbers.
+
+    Of all ranks that hold a number, one's place is `here`.
+    """
+    shards, first = part.shards, part.mesh.data.index == 0
+    for p in part.parameters():
+        s = shards.of[p] if shards else p
+        weight = s if shards and shards.stage == 3 else p
+        for kind, x in (("weight", weight.data), *optimizer.state[s].items()):
+            place = (weight if kind == "weight" else s).place
+            if kind != "weight" and isinstance(optimizer, Adafactor):
+                lead = place.here and place.part == 0
+                place = Place(place.name, tuple(x.shape), here=lead)
+            yield kind, place._replace(here=place.here and (first or place.last >= 0)), x
