@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -246,14 +245,12 @@ def by_whole_weights(part: Part, optimizer: Optimizer, exact: bool) -> None:
         divided = [p for p in params if exact or is_divided(p)]
         if together := [p for p in params if not exact and not is_divided(p)]:
             move(together, group)
-        for _, some in groupby(divided, key=lambda p: (p.place.name, p.place.here)):
-            move_whole(part, optimizer, move, list(some), group)
+        for some in by_weight(divided):
+            move_whole(part, optimizer, move, some, group)
 
     optimizer.move = whole
     for group in optimizer.param_groups if adafactor else ():
-        divided = [p for p in group["params"] if is_divided(p)]
-        for _, some in groupby(divided, key=lambda p: (p.place.name, p.place.here)):
-            first, *others = some
+        for first, *others in by_weight([p for p in group["params"] if is_divided(p)]):
             like = torch.zeros(first.place.shape, dtype=first.dtype, device=first.device)
             optimizer.state[first] = optimizer.fresh(like, group)
             for p in others:
@@ -262,6 +259,14 @@ def by_whole_weights(part: Part, optimizer: Optimizer, exact: bool) -> None:
 
 def is_divided(p: Parameter) -> bool:
     return p.place.hi >= 0 or p.place.last >= 0
+
+
+def by_weight(params: list[Parameter]) -> list[list[Parameter]]:
+    """Those of one weight of the plain model together; a tied copy of it is another."""
+    found: dict[tuple, list[Parameter]] = {}
+    for p in params:
+        found.setdefault((p.place.name, p.place.here), []).append(p)
+    return list(found.values())
 
 
 def move_whole(

@@ -95,7 +95,7 @@ def losses(name: str) -> list[float]:
 
 PLANS = [
     Plan(), Plan(data=2), Plan(tensor=2), Plan(pipeline=2), Plan(2, 2, 2), Plan(data=8),
-    Plan(tensor=8), Plan(1, 3, 2), Plan(4, 1, 2),
+    Plan(tensor=8), Plan(1, 3, 2), Plan(4, 1, 2, zero=1),
 ]  # fmt: skip
 
 
@@ -106,6 +106,9 @@ PLANS = [
     (Plan(1, 3, 2), ["--model.arch", "encoder", "--objective", "masked"]),
     (Plan(2, 1, 4), ["--model.arch", "encdec", "--objective", "spans"]),
     (Plan(2, 2, 2), ["--dtype", "bfloat16"]),
+    (Plan(2, 1, 4, zero=3), ["--optim.name", "muon"]),
+    (Plan(4, 1, 2, zero=2), ["--optim.name", "adafactor", "--recompute", "blocks"]),
+    (Plan(2, 2, 2, zero=1), ["--optim.name", "muon"]),
 ], ids=str)  # fmt: skip
 def test_a_run_under_a_plan_is_the_plain_run(ranks, folder, plan, more):
     """The same losses, checkpoints by the same names and shapes, and one set of files."""

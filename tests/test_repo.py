@@ -48,7 +48,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["data"],
     ["model"],
     ["step", "heads", "split"],
-    ["scaling", "lora", "quant", "recompute"],
+    ["scaling", "lora", "quant", "recompute", "zero"],
     ["generate", "plan_costs"],
     ["plan"],
     ["evaluate", "parallel", "training"],
