@@ -60,8 +60,10 @@ class Plan:
         for name in ("data", "pipeline", "tensor"):
             if getattr(self, name) < 1:
                 raise UserError(f"--plan.{name} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.zero <= 3 or self.rows < 0:
-            raise UserError("--plan.zero must be 0, 1, 2 or 3, and --plan.rows not below 0")
+        if not 0 <= self.zero <= 3:
+            raise UserError(f"--plan.zero {self.zero} must be 0, 1, 2 or 3")
+        if self.rows < 0:
+            raise UserError(f"--plan.rows {self.rows} must be at least 1, or 0 for those that fit")
         if not 1 <= self.timeout <= 10**6:
             raise UserError(f"--plan.timeout {self.timeout} must be from 1 second to a million")
         if self.zero > 1 and self.pipeline > 1:

@@ -12,7 +12,8 @@ plan computes is what one process computes; `tests/test_parallel.py` holds every
 Every rank knows the whole batch and takes its micro-batches from it, so that the number of tokens
 by which all divide is known without a word.
 
-Run: python -m pytest tests/test_parallel.py
+Run: python parallel.py plan --model.preset bloom-176b --devices 384     the fastest (plan.py)
+     python -m pytest tests/test_parallel.py
 
 Papers: Shoeybi et al. 2019 (arXiv 1909.08053); Narayanan et al. 2021 (arXiv 2104.04473);
 Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054); Li et al. 2020, DDP (arXiv 2006.15704).
@@ -20,6 +21,7 @@ Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054); Li et al. 2020, DDP (arXiv 200
 Letters: B batch · T tokens · C model width · V vocabulary · M micro-batches.
 """
 
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -38,8 +40,9 @@ from mesh import Group, Mesh, Plan, tree
 from model import ModelConfig, Transformer, drawn
 from objectives import Batch
 from optim import OptimConfig, Optimizer
+from plan import script as search
 from positions import NoPosition
-from run import UserError
+from run import UserError, main
 from schedule import SCHEDULES
 from split import Cut, Place, share, split_block, split_cross_entropy, split_embedding
 from step import LossScale, Update, move, source_of
@@ -477,3 +480,14 @@ def clip(part: Part, config: OptimConfig, scale: float) -> float:
         torch._foreach_clamp_min_(grads, -config.clip)
         torch._foreach_clamp_max_(grads, config.clip)
     return norm
+
+
+def script() -> None:
+    if sys.argv[1:2] != ["plan"]:
+        raise UserError("say what to do: python parallel.py plan --help")
+    del sys.argv[1]
+    search()
+
+
+if __name__ == "__main__":
+    main(script)

@@ -6,6 +6,7 @@ others; their layers are split exactly, by dynamic programming. What does not fi
 its reason, the fastest of the rest is written to a file for train.py.
 
 Run: python plan.py                      BLOOM on 384 A100: its plans, and how far to trust them
+     torchrun --nproc-per-node 8 train.py --plan.file runs/plan.json     train under what was found
      python plan.py --model.preset gpt3-13b --devices 64 --batch 1024
 
 `--calibrate table.csv` fits the constants to your own measurements. The table has the columns
@@ -20,7 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +29,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 
+import mesh
 from model import PRESETS, ModelConfig, preset_in
 from plan_costs import (
     DOCS,
@@ -60,40 +62,25 @@ FIELDS = ("data", "tensor", "pipeline", "zero", "rows", "recompute")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Who holds what: data × tensor × pipeline devices."""
+class Plan(mesh.Plan):
+    """A plan that leaves nothing open, and what is computed again."""
 
-    data: int = 1  # copies of the model, each with its share of the batch
-    tensor: int = 1  # devices among which each matrix is divided
-    pipeline: int = 1  # stages into which the layers are divided
-    zero: int = 0  # 1 divides the optimizer's state among copies, 2 gradients too, 3 also weights
-    rows: int = 1  # of a micro-batch
     recompute: Literal[RECOMPUTE] = "none"  # in the backward pass
-    layers: tuple[int, ...] = ()  # of each stage
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # who waits for whom
 
     def __post_init__(self):
-        for name in ("data", "tensor", "pipeline", "rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"a plan's {name} {getattr(self, name)} must be at least 1")
-        if not 0 <= self.zero <= 3:
-            raise UserError(f"a plan's zero {self.zero} must be 0, 1, 2 or 3")
-        if self.zero > 1 and self.pipeline > 1:
+        super().__post_init__()
+        if self.rows < 1:
+            raise UserError(f"a plan's rows {self.rows} must be at least 1")
+        if len(self.layers) != self.pipeline or min(self.layers) < 1:
             raise UserError(
-                f"zero {self.zero} moves gradients or weights with each micro-batch: with pipeline "
-                f"{self.pipeline} choose 0 or 1"
+                f"a plan with pipeline {self.pipeline} must say the layers of as many stages, at "
+                f"least 1 each, not {self.layers}"
             )
-        if len(self.layers) != self.pipeline:
-            raise UserError(
-                f"a plan with pipeline {self.pipeline} must say the layers of as many stages, not "
-                f"of {len(self.layers)}"
-            )
-        if min(self.layers) < 1:
-            raise UserError("each stage of a plan must have at least 1 layer")
 
     @property
-    def devices(self) -> int:
-        return self.data * self.tensor * self.pipeline
+    def shape(self) -> mesh.Plan:
+        """What train.py's --plan has of it."""
+        return mesh.Plan(**{f.name: getattr(self, f.name) for f in fields(mesh.Plan)})
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -165,7 +152,7 @@ def search(at: Cluster) -> tuple[list[Choice], list[tuple[str, str]]]:
                 )
                 continue
             for zero, again in product(stages_of_zero(p, d), RECOMPUTE):
-                plans.append(Plan(d, t, p, zero, rows, again, (1,) * p))
+                plans.append(Plan(d, p, t, zero, rows, (1,) * p, recompute=again))
     if not plans:
         return [], refused
     rough = seconds(columns(at, plans), at.speed, at.hardware)
@@ -214,8 +201,8 @@ def nearest(plan: Plan, at: Cluster) -> Choice | None:
 
 def check(plan: Plan, at: Cluster) -> None:
     """UserError if a plan does not suit the model or the devices, with the nearest that does."""
-    if plan.devices != at.devices:
-        raise UserError(f"the plan is for {plan.devices} devices, here are {at.devices}")
+    if plan.size != at.devices:
+        raise UserError(f"the plan is for {plan.size} devices, here are {at.devices}")
     if sum(plan.layers) != at.model.layers:
         raise UserError(f"the plan has {sum(plan.layers)} layers, the model {at.model.layers}")
     why = objection(at, plan.tensor, plan.pipeline, plan.data)
@@ -237,7 +224,8 @@ def words(plan: Plan) -> str:
 # --- the command line -----------------------------------------------------------------------------
 
 
-BLOOMS = Plan(8, 4, 12, 1, 2, "blocks", (5, *[6] * 10, 5))  # 105 s, 59 GB (Le Scao et al. 2022)
+# 105 s and 59 GB (Le Scao et al. 2022)
+BLOOMS = Plan(8, 12, 4, 1, 2, (5, *[6] * 10, 5), recompute="blocks")
 
 
 def rank(choices: list[Choice], plan: Plan) -> int:

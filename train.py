@@ -39,6 +39,7 @@ from mesh import Group, Plan, join
 from model import preset_in
 from objectives import objective_for
 from parallel_training import after_restart, begin, check_size, lead, one_voice, shared
+from plan import Plan as AutomaticPlan
 from run import Run, UserError, check_free, main, plot_loss, plot_scales, value_of
 from scaling import parameters
 from step import (
@@ -69,6 +70,9 @@ def parse(
     if "--resume" in arguments:
         run = resume(value_of("--name", arguments))
         default = stored(run)
+    if file := value_of("--plan.file", arguments):
+        plan = AutomaticPlan.load(Path(file))
+        default = replace(default, plan=plan.shape, recompute=plan.recompute)
     config = tyro.cli(Train, args=arguments, default=replace(default, resume=run is not None))
     if run is None:
         if config.seeds > 1 and not config.name:

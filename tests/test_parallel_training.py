@@ -23,6 +23,7 @@ from mesh import Group, Mesh, Plan
 from model import ModelConfig
 from parallel import Part
 from parallel_training import after_restart, check_copies, check_fits
+from plan import Plan as AutomaticPlan
 from run import RUNS, Run, UserError, load_tensors
 from training import Train
 
@@ -124,7 +125,9 @@ def test_a_run_under_a_plan_is_the_plain_run(ranks, folder, plan, more):
     for name, x in plain.items():
         assert many[name].dtype == x.dtype
         assert many[name].shape == x.shape
-        if close == 1e-5:  # in fp32; tests/test_zero.py and test_parallel.py are strict
+        if (
+            close == 1e-5 and name != "past"
+        ):  # in fp32; tests/test_zero.py and test_parallel.py are strict
             assert (many[name] - x).abs().max() <= 5e-3 * x.abs().max(), name
 
 
@@ -214,6 +217,15 @@ def test_a_plan_that_does_not_fit_is_told_with_the_nearest_that_does(monkeypatch
         return check_fits(config, torch.device("cpu"))
     with pytest.raises(UserError, match=said):
         check_fits(config, torch.device("cpu"))
+
+
+def test_a_plan_s_file_is_taken_and_changed_by_other_flags(folder):
+    AutomaticPlan(2, 1, 4, zero=1, rows=2, layers=(3,), recompute="blocks").save(Path("plan.json"))
+    config, *_ = train.parse([*TINY, "--plan.file", "plan.json", "--plan.zero", "3"])
+    assert config.plan == Plan(2, 1, 4, zero=3, rows=2, layers=(3,), file="plan.json")
+    assert config.recompute == "blocks"
+    with pytest.raises(UserError, match=r"other\.json"):
+        train.parse(["--plan.file", "other.json"])
 
 
 def test_a_restart_goes_on_with_the_run_of_its_name(folder, monkeypatch):

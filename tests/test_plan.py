@@ -216,7 +216,7 @@ def slow_seconds(c, plan, batch, k, it):
     layer += pairs * each * (1 if plan.recompute != "none" else 3 / 4)
     reduces = 6 if plan.recompute == "blocks" else 4
     layer += reduces * 2 * n * C * 2 * (t - 1) / t / (k.tensor * GB)
-    inside = plan.devices <= 8
+    inside = plan.size <= 8
     far = k.tensor if inside else NETWORK
     sends = 2 * n * C * (1 + 1 / t) / (far * GB) if p > 1 else 0
     head = 6 * n * C * c.vocab_size / t / peak * k.head
@@ -232,7 +232,7 @@ def some_plans(devices, c=SMALL):
         d = devices // (t * p)
         if t * p * d == devices:
             for zero, again in product(range(4 if p == 1 else 2), ("none", "attention", "blocks")):
-                yield Plan(d, t, p, zero, rows, again, stages(c.layers, p, 0.1, 1.0))
+                yield Plan(d, p, t, zero, rows, stages(c.layers, p, 0.1, 1.0), recompute=again)
 
 
 @pytest.mark.parametrize("devices", [1, 8, 24, 48])
@@ -248,7 +248,7 @@ def test_time_and_its_parts_are_what_is_told(devices):
 
 
 def test_old_network_and_interleaving():
-    plan = Plan(8, 4, 2, 1, 1, "blocks", (3, 3))
+    plan = Plan(8, 2, 4, 1, 1, (3, 3), recompute="blocks")
     base = seconds(columns_of(SMALL, [plan], 64), Constants(), A100)
     old = seconds(columns_of(SMALL, [plan], 64, old=True), Constants(), A100)
     assert old["tensor"] == pytest.approx(base["tensor"] * Constants().upgrade)
@@ -261,7 +261,7 @@ def test_old_network_and_interleaving():
 
 def test_gated_units_and_few_keys_are_counted():
     c = replace(SMALL, activation="swiglu", kv_heads=2, ffn_dim=1024)
-    weights = columns_of(c, [Plan(layers=(6,))], 8)["weights"][0]
+    weights = columns_of(c, [Plan(rows=1, layers=(6,))], 8)["weights"][0]
     parts = parameters(replace(c, bias=False))
     assert 6 * weights == parts["attention"] + parts["feed-forward"]
 
@@ -298,10 +298,10 @@ def test_memory_is_that_of_the_fullest_stage(devices):
 
 def test_zero_divides_what_it_says():
     """16 bytes of a parameter (Rajbhandari et al.), 4 more where gradients are summed in fp32."""
-    N = columns_of(SMALL, [Plan(layers=(6,))], 64)["weights"][0] * 6 + 1000 * 512
+    N = columns_of(SMALL, [Plan(rows=1, layers=(6,))], 64)["weights"][0] * 6 + 1000 * 512
     for fp32, each in ((False, (16, 4 + 12 / 8, 2 + 14 / 8, 2)),
                        (True, (20, 8 + 12 / 8, 2 + 18 / 8, 20 / 8))):  # fmt: skip
-        plans = [Plan(8, zero=zero, layers=(6,)) for zero in range(4)]
+        plans = [Plan(8, zero=zero, rows=1, layers=(6,)) for zero in range(4)]
         state = gigabytes(columns_of(SMALL, plans, 64, fp32=fp32), Room())["state"] * GB / N
         assert state == pytest.approx(each)
 
@@ -329,7 +329,7 @@ def test_the_best_of_all_plans_is_found(devices, batch, memory):
         if (zero > 1 and p > 1) or (zero > 0 and d == 1):
             continue
         head = slow_head(t, rows, again)
-        plan = Plan(d, t, p, zero, rows, again, stages(6, p, 0.1, head))
+        plan = Plan(d, p, t, zero, rows, stages(6, p, 0.1, head), recompute=again)
         if slow_gigabytes(SMALL, plan, batch, at.room) <= memory:
             best = min(best, slow_seconds(SMALL, plan, batch, at.speed, A100))
     choices, refused = search(at)
@@ -338,7 +338,7 @@ def test_the_best_of_all_plans_is_found(devices, batch, memory):
 
 
 def slow_head(t, rows, again):
-    plan = Plan(1, t, 1, 0, rows, again, (6,))
+    plan = Plan(1, 1, t, 0, rows, (6,), recompute=again)
     taken = seconds(columns_of(SMALL, [plan], rows), Constants(), A100)
     return round(float(taken["head"][0] / taken["layer"][0]), 1)
 
@@ -348,7 +348,7 @@ def test_plans_are_whole_and_in_order(bloom):
     totals = [x.seconds["total"] for x in choices]
     assert totals == sorted(totals) and len({x.plan for x in choices}) == len(choices)
     for x in choices:
-        assert x.plan.devices == 384 and sum(x.plan.layers) == 70
+        assert x.plan.size == 384 and sum(x.plan.layers) == 70
         assert x.memory["total"] <= 80 and 2048 % (x.plan.data * x.plan.rows) == 0
         assert 112 % x.plan.tensor == 0 and x.plan.tensor <= 8
         check(x.plan, bloom)
@@ -403,13 +403,13 @@ def changes(a, b):
 
 
 def test_the_nearest_changes_least(bloom):
-    big = Plan(32, 2, 6, 1, 2, "blocks", (11, 12, 12, 12, 12, 11))
+    big = Plan(32, 6, 2, 1, 2, (11, 12, 12, 12, 12, 11), recompute="blocks")
     near = nearest(big, bloom)
     assert near.memory["total"] <= 80
     choices = search(bloom)[0]
     for t, p, again in product((1, 4), (6, 24), RECOMPUTE):
         layers = stages(70, p, 0.1, 1.0)
-        plan = Plan(384 // (t * p), t, p, 1, 16, again, layers)
+        plan = Plan(384 // (t * p), p, t, 1, 16, layers, recompute=again)
         near = nearest(plan, bloom).plan
         assert changes(plan, near) == min(changes(plan, x.plan) for x in choices)
     assert nearest(BLOOMS, bloom).plan == BLOOMS
@@ -447,7 +447,8 @@ def test_a_plan_s_file_comes_back(tmp_path):
     assert Plan.load(tmp_path / "plan.json") == BLOOMS
     assert json.loads((tmp_path / "plan.json").read_text()) == {
         "data": 8, "tensor": 4, "pipeline": 12, "zero": 1, "rows": 2, "recompute": "blocks",
-        "layers": [5, *[6] * 10, 5], "schedule": "1f1b",
+        "layers": [5, *[6] * 10, 5], "schedule": "1f1b", "sequence": False, "exact": False,
+        "file": "", "timeout": 1800,
     }  # fmt: skip
 
 
@@ -460,8 +461,8 @@ def test_a_plan_s_file_comes_back(tmp_path):
         ({"pipeline": 0, "layers": []}, "pipeline 0 must be at least 1"),
         ({"zero": 4}, "zero 4 must be 0, 1, 2 or 3"),
         ({"zero": 2, "pipeline": 2, "layers": [3, 3]}, "choose 0 or 1"),
-        ({"pipeline": 2}, "as many stages, not of 1"),
-        ({"pipeline": 2, "layers": [6, 0]}, "at least 1 layer"),
+        ({"pipeline": 2}, "each of 2 stages, not 1"),
+        ({"pipeline": 2, "layers": [6, 0]}, "at least 1 each"),
         ({"recompute": "all"}, "recompute cannot be 'all'"),
         ({"schedule": "best"}, "schedule cannot be 'best'"),
         ({"layers": [1.5]}, "layers cannot be 1.5"),
@@ -470,7 +471,7 @@ def test_a_plan_s_file_comes_back(tmp_path):
 )
 def test_a_bad_plan_is_one_sentence(tmp_path, values, said):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"layers": [6]} | values))
+    path.write_text(json.dumps({"layers": [6], "rows": 1} | values))
     with pytest.raises(UserError, match=said) as error:
         Plan.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)

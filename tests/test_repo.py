@@ -69,6 +69,7 @@ TINY = {
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
     "plan.py": "",
+    "parallel.py": "",
     "optim.py": "",
     "model.py": "",
     "evaluate.py": (
