@@ -17,11 +17,9 @@ Run: python -m pytest tests/test_zero.py
 Papers: Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054); Zhao et al. 2023, FSDP (arXiv 2304.11277).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +28,11 @@ from torch.nn import Parameter
 import optim
 from data_parallel import BUCKET
 from mesh import Group, Plan
+from model import Transformer
 from optim import Adafactor, Muon, OptimConfig, Optimizer
 from split import Place
 
-if TYPE_CHECKING:
-    from parallel import Part
+# `part` is everywhere a Part of parallel.py: what one rank has of a Transformer.
 
 # --- shards ---------------------------------------------------------------------------------------
 
@@ -102,7 +100,7 @@ class Unit:
 class Shards:
     """What ZeRO makes of a part of a model."""
 
-    def __init__(self, part: Part, stage: int):
+    def __init__(self, part: Transformer, stage: int):
         self.stage, group = stage, part.mesh.data
         self.of = {p: shard(p, group, own=stage == 3) for p in part.parameters()}
         divided = blocks_and_root(part) if stage == 3 else in_buckets(list(self.of))
@@ -185,13 +183,13 @@ def in_buckets(params: list[Parameter]) -> list[list[Parameter]]:
     return found
 
 
-def blocks_of(part: Part) -> list[nn.Module]:
+def blocks_of(part: Transformer) -> list[nn.Module]:
     """In the order in which the backward pass comes to them."""
     encoder = [] if part.encoder is None else list(part.encoder.layers)
     return [*reversed(part.layers), *reversed(encoder)]
 
 
-def blocks_and_root(part: Part) -> list[list[Parameter]]:
+def blocks_and_root(part: Transformer) -> list[list[Parameter]]:
     """The weights of each block, and last those of no block.
 
     A decoder's look at an encoder computes keys before the block begins: that part belongs to none.
@@ -219,7 +217,9 @@ def follow(block: nn.Module, unit: Unit) -> None:
 # --- optimizers -----------------------------------------------------------------------------------
 
 
-def build(part: Part, config: OptimConfig, dtype: torch.dtype | None, plan: Plan) -> Optimizer:
+def build(
+    part: Transformer, config: OptimConfig, dtype: torch.dtype | None, plan: Plan
+) -> Optimizer:
     """The optimizer of what this rank holds; afterwards `part.shards` is what ZeRO made of it."""
     optimizer = optim.build(part.named(), config, dtype)
     part.shards = Shards(part, plan.zero) if plan.zero else None
@@ -232,7 +232,7 @@ def build(part: Part, config: OptimConfig, dtype: torch.dtype | None, plan: Plan
     return optimizer
 
 
-def by_whole_weights(part: Part, optimizer: Optimizer, exact: bool) -> None:
+def by_whole_weights(part: Transformer, optimizer: Optimizer, exact: bool) -> None:
     """Let an optimizer that looks at whole matrices see them, one by one.
 
     Adafactor's means of rows and columns, which are small, are kept whole.
@@ -270,7 +270,7 @@ def by_weight(params: list[Parameter]) -> list[list[Parameter]]:
 
 
 def move_whole(
-    part: Part, optimizer: Optimizer, move, params: list[Parameter], group: dict[str, Any]
+    part: Transformer, optimizer: Optimizer, move, params: list[Parameter], group: dict[str, Any]
 ) -> None:
     """Move one weight of the plain model, of which `params` are this rank's parts."""
     state, adafactor = optimizer.state, isinstance(optimizer, Adafactor)
@@ -287,7 +287,7 @@ def move_whole(
     del state[W]
 
 
-def assembled(part: Part, params: list[Parameter], own: list[Tensor]) -> Tensor:
+def assembled(part: Transformer, params: list[Parameter], own: list[Tensor]) -> Tensor:
     """A tensor of the plain model's shape, from those who hold a part each: all others say 0."""
     place: Place = params[0].place
     whole = torch.zeros(place.shape, dtype=own[0].dtype, device=own[0].device)
@@ -301,13 +301,13 @@ def assembled(part: Part, params: list[Parameter], own: list[Tensor]) -> Tensor:
     return whole
 
 
-def holders(part: Part) -> list[Parameter]:
+def holders(part: Transformer) -> list[Parameter]:
     """Of each weight what has its gradient: itself, or the shard that took it."""
     shards = part.shards
     return [shards.of[p] if shards and shards.stage > 1 else p for p in part.parameters()]
 
 
-def held(part: Part, optimizer: Optimizer) -> Iterator[tuple[str, Place, Tensor]]:
+def held(part: Transformer, optimizer: Optimizer) -> Iterator[tuple[str, Place, Tensor]]:
     """What this rank holds: "weight" or the kind of an optimizer's tensor, its place, its numbers.
 
     Of all ranks that hold a number, one's place is `here`.
