@@ -4,7 +4,8 @@ Idea: a gradient is a sum over tokens, so each rank adds up those of its own tok
 add up each other's. That traffic hides behind work that is still to be done: a bucket of gradients
 begins to travel as soon as the backward pass has filled it, from the last layers to the first.
 
-Only the backward pass of the last micro-batch fills buckets; those before it send nothing.
+Only the backward pass of the last micro-batch fills buckets; those before it send nothing. Buckets
+of no size are the obvious version: behind the backward pass, each gradient is summed by itself.
 
 Run: python -m pytest tests/test_parallel.py
 
@@ -19,15 +20,24 @@ from torch.nn import Parameter
 
 from mesh import Group
 
-BUCKET = 25 << 20  # bytes
+
+def in_buckets(params: list[Parameter], most: float) -> list[list[Parameter]]:
+    """Neighbours of about `most` bytes together, the last first: backward comes to them so."""
+    found, size = [[]], 0
+    for p in reversed(params):
+        if size + p.nbytes > most and found[-1]:
+            found.append([])
+            size = 0
+        found[-1].append(p)
+        size += p.nbytes
+    return found
 
 
 class Bucket:
     """Some gradients that travel together."""
 
-    def __init__(self):
-        self.params: list[Parameter] = []
-        self.size = self.ready = 0
+    def __init__(self, params: list[Parameter]):
+        self.params, self.ready = params, 0
 
     def fill(self, group: Group) -> Callable[[], None]:
         """Begin the sum of these gradients over the group; what is returned takes it up."""
@@ -50,19 +60,17 @@ class Buckets:
     the same time, even where some weight gets no gradient: `finish` sends what is left.
     """
 
-    def __init__(self, params: list[Parameter], group: Group, size: int = BUCKET):
+    def __init__(self, params: list[Parameter], group: Group, size: float):
+        """`size` in bytes; 0 sends each gradient by itself, and none before `finish`."""
         self.group, self.params, self.waiting = group, params, []
-        self.buckets, self.of, self.hooks = [Bucket()], {}, []
-        for p in reversed(params):  # about the order in which backward comes to them
-            if self.buckets[-1].size + p.nbytes > size and self.buckets[-1].params:
-                self.buckets.append(Bucket())
-            self.buckets[-1].params.append(p)
-            self.buckets[-1].size += p.nbytes
-            self.of[p] = self.buckets[-1]
+        self.early = group.size > 1 and size > 0
+        self.buckets = [Bucket(some) for some in in_buckets(params, size)]
+        self.of = {p: bucket for bucket in self.buckets for p in bucket.params}
+        self.hooks = []
 
     def open(self) -> None:
         """The backward pass that comes now is the last one."""
-        if self.group.size > 1:
+        if self.early:
             self.hooks = [p.register_post_accumulate_grad_hook(self.ready) for p in self.params]
 
     def ready(self, p: Tensor) -> None:

@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +52,7 @@ class Plan:
     rows: int = 0  # of a micro-batch; 0: a batch, divided by data and pipeline
     layers: tuple[int, ...] = ()  # blocks of each stage; empty: as many each as can be
     schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of the pipeline
+    bucket: float = 25  # MB of gradients that are sent during the backward pass; 0: all behind it
     sequence: bool = False  # what lies between divided layers is divided by tokens
     exact: bool = False  # the same bits under every plan
     file: str = ""  # take what `python parallel.py plan` has written there
@@ -64,6 +66,8 @@ class Plan:
             raise UserError(f"--plan.zero {self.zero} must be 0, 1, 2 or 3")
         if self.rows < 0:
             raise UserError(f"--plan.rows {self.rows} must be at least 1, or 0 for those that fit")
+        if not 0 <= self.bucket < inf:
+            raise UserError(f"--plan.bucket {self.bucket} must be at least 0 MB")
         if not 1 <= self.timeout <= 10**6:
             raise UserError(f"--plan.timeout {self.timeout} must be from 1 second to a million")
         if self.zero > 1 and self.pipeline > 1:

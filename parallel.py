@@ -12,8 +12,9 @@ plan computes is what one process computes; `tests/test_parallel.py` holds every
 Every rank knows the whole batch and takes its micro-batches from it, so that the number of tokens
 by which all divide is known without a word.
 
-Run: python parallel.py plan --model.preset bloom-176b --devices 384     the fastest (plan.py)
-     python -m pytest tests/test_parallel.py
+Run: python parallel.py                  holds some plans to what one process computes, in a minute
+     python parallel.py certificate      holds all plans of 1, 2, 4 and 8 processes to it
+     python parallel.py plan --model.preset bloom-176b --devices 384    the fastest plan
 
 Papers: Shoeybi et al. 2019 (arXiv 1909.08053); Narayanan et al. 2021 (arXiv 2104.04473);
 Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054); Li et al. 2020, DDP (arXiv 2006.15704).
@@ -26,27 +27,30 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import gcd, inf
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from certificate import Certificate, certify
 from data_parallel import Buckets
 from dropout import Drop
 from kernels.cross_entropy import IGNORE, cross_entropy
 from kernels.mask import Mask
 from mesh import Group, Mesh, Plan, tree
-from model import ModelConfig, Transformer, drawn
+from model import ModelConfig, Transformer, drawn, preset_in
 from objectives import Batch
 from optim import OptimConfig, Optimizer
-from plan import script as search
+from plan import Automatic, automatic
 from positions import NoPosition
 from run import UserError, main
 from schedule import SCHEDULES
 from split import Cut, Place, share, split_block, split_cross_entropy, split_embedding
 from step import LossScale, Update, move, source_of
-from zero import Shards, holders
+from zero import Shards, build, holders
 
 VIRTUAL = 8  # parts of every layer in exact mode, at most: a power of two
 
@@ -64,6 +68,7 @@ class Part(Transformer):
         super().__init__(config, seed=None)
         check(config, plan)
         self.mesh, self.exact = mesh, plan.exact
+        self.in_flight = 0  # the most micro-batches that were kept at once for their backward pass
         parts = virtual(config) if plan.exact else plan.tensor
         self.cut = Cut(mesh.tensor, parts, plan.sequence)
         self.numbers = {name: i for i, (name, _) in enumerate(self.named_parameters())}
@@ -144,6 +149,20 @@ class Part(Transformer):
             name += f"#{p.place.part}" if p.place.hi >= 0 else ""
             found.append((name + "#tied" * (id(p) in copies and self.config.tied), p))
         return found
+
+    def in_order(self) -> list[Parameter]:
+        """As the forward pass first needs them: the backward pass has them in reverse.
+
+        A decoder makes keys of what the encoder says before its own first block.
+        """
+        behind = list(self.encoder.layers.parameters()) if self.encoder is not None else []
+        inside = list(self.layers.named_parameters())
+        for first in (True, False):
+            behind += [p for name, p in inside if (".cross." in name) == first]
+        behind += [] if self.norm is None else self.norm.parameters()
+        behind += [] if self.heads is self.words else self.heads
+        later = set(behind)
+        return [p for p in self.parameters() if p not in later] + behind
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -327,6 +346,7 @@ def through_pipeline(
                 out = y.detach().contiguous()
                 sent.append((out, mesh.up.send(out, stage + 1)))
             kept[step.micro] = x, y
+            part.in_flight = max(part.in_flight, len(kept))
             continue
         x, y = kept.pop(step.micro)
         if step == steps[-1] and not plan.exact and plan.zero < 2:
@@ -334,7 +354,8 @@ def through_pipeline(
         if mesh.last:
             (y * scale).backward()
         else:
-            y.backward(mesh.down.receive(torch.empty_like(y), stage + 1))
+            dy = torch.empty_like(y, memory_format=torch.contiguous_format)
+            y.backward(mesh.down.receive(dy, stage + 1))
         if not mesh.first:
             dx = x.grad.contiguous()
             sent.append((dx, mesh.down.send(dx, stage - 1)))
@@ -412,7 +433,7 @@ def accumulate(
         some += [nothing_asked(micros[0])] * (most - len(own))
     params = list(part.parameters())
     gradients = Gradients(params, plan.exact)
-    buckets = Buckets(params, mesh.data)
+    buckets = Buckets(part.in_order(), mesh.data, plan.bucket * 10**6)
     with opened(part):
         losses = through_pipeline(part, some, plan, dtype, scale, gradients, buckets)[: len(own)]
     if plan.zero < 2:
@@ -482,11 +503,31 @@ def clip(part: Part, config: OptimConfig, scale: float) -> float:
     return norm
 
 
+# --- the script -----------------------------------------------------------------------------------
+
+
+def trained(
+    config: ModelConfig, plan: Plan, mesh: Mesh, batches: list[list[Batch]], optim: OptimConfig,
+    dtype: torch.dtype,
+) -> tuple[Part, Optimizer, list[Update]]:  # fmt: skip
+    """This rank's part of a new model, after an update with each of the batches."""
+    part = Part(config, plan, mesh)
+    part.initialize(0)
+    part.to(dtype)
+    optimizer = build(part, optim, dtype, plan)
+    made = [update(part, b, optimizer, optim.lr, optim, plan, dtype) for b in batches]
+    return part, optimizer, made
+
+
 def script() -> None:
-    if sys.argv[1:2] != ["plan"]:
-        raise UserError("say what to do: python parallel.py plan --help")
-    del sys.argv[1]
-    search()
+    arguments = sys.argv[1:] or ["certificate", "--quick"]
+    default = Automatic(model=preset_in(arguments, Automatic.model))
+    kinds = (
+        Annotated[Automatic, tyro.conf.subcommand("plan", default=default)]
+        | Annotated[Certificate, tyro.conf.subcommand("certificate", default=Certificate())]
+    )
+    config = tyro.cli(kinds, args=arguments, description=__doc__.split("\n")[0])
+    automatic(config) if isinstance(config, Automatic) else certify(config, trained)
 
 
 if __name__ == "__main__":

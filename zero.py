@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import optim
-from data_parallel import BUCKET
+from data_parallel import in_buckets
 from mesh import Group, Plan
 from model import Transformer
 from optim import Adafactor, Muon, OptimConfig, Optimizer
@@ -100,10 +100,10 @@ class Unit:
 class Shards:
     """What ZeRO makes of a part of a model."""
 
-    def __init__(self, part: Transformer, stage: int):
+    def __init__(self, part: Transformer, stage: int, bucket: float):
         self.stage, group = stage, part.mesh.data
-        self.of = {p: shard(p, group, own=stage == 3) for p in part.parameters()}
-        divided = blocks_and_root(part) if stage == 3 else in_buckets(list(self.of))
+        self.of = {p: shard(p, group, own=stage == 3) for p in part.in_order()}
+        divided = blocks_and_root(part) if stage == 3 else in_buckets(list(self.of), bucket)
         self.units = [Unit(params, [self.of[p] for p in params], group) for params in divided]
         self.sent = 0  # units whose gradients have left in this backward pass
         if stage >= 2:
@@ -171,18 +171,6 @@ def shard(p: Parameter, group: Group, own: bool) -> Parameter:
     return made
 
 
-def in_buckets(params: list[Parameter]) -> list[list[Parameter]]:
-    """Neighbours of about BUCKET bytes together, the last weights first."""
-    found, size = [[]], 0
-    for p in reversed(params):
-        if size + p.nbytes > BUCKET and found[-1]:
-            found.append([])
-            size = 0
-        found[-1].append(p)
-        size += p.nbytes
-    return found
-
-
 def blocks_of(part: Transformer) -> list[nn.Module]:
     """In the order in which the backward pass comes to them."""
     encoder = [] if part.encoder is None else list(part.encoder.layers)
@@ -222,7 +210,7 @@ def build(
 ) -> Optimizer:
     """The optimizer of what this rank holds; afterwards `part.shards` is what ZeRO made of it."""
     optimizer = optim.build(part.named(), config, dtype)
-    part.shards = Shards(part, plan.zero) if plan.zero else None
+    part.shards = Shards(part, plan.zero, plan.bucket * 10**6) if plan.zero else None
     for group in optimizer.param_groups if part.shards else ():
         whole, group["params"] = group["params"], [part.shards.of[p] for p in group["params"]]
         for p, s in zip(whole, group["params"], strict=True):

@@ -17,6 +17,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # tests ask for the
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ranks import Ranks
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -33,3 +35,11 @@ def float64_is_asked_for():
     """Tests say which dtype they mean; none may leave another default behind."""
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Eight processes, which start when a test first asks for them."""
+    ranks = Ranks(8)
+    yield ranks
+    ranks.close()

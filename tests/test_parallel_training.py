@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from ranks import Ranks
 from test_train import write_texts
 
 import parallel_training
@@ -35,13 +34,6 @@ TINY = [
 
 
 MODEL = ModelConfig(dim=16, heads=8, layers=3, context=16, vocab_size=97)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    ranks = Ranks(8)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture

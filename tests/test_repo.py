@@ -38,6 +38,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "tasks",
         "mesh",
         "schedule",
+        "ranks",
     ],
     ["merges", "vocabulary", "sparse"],
     ["bpe", "positions", "model_files", "data_parallel"],
@@ -49,8 +50,8 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["model"],
     ["step", "heads", "split"],
     ["scaling", "lora", "quant", "recompute", "zero"],
-    ["generate", "plan_costs"],
-    ["plan"],
+    ["generate", "plan_costs", "traffic"],
+    ["plan", "certificate"],
     ["evaluate", "parallel", "training"],
     ["dry_run", "parallel_training"],
     ["train", "align", "bench"],
@@ -69,7 +70,9 @@ TINY = {
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
     "plan.py": "",
-    "parallel.py": "",
+    "parallel.py": "certificate --ranks 1 --steps 1",
+    "parallel.py certificate": "--ranks 1 --steps 1",
+    "parallel.py plan": "",
     "optim.py": "",
     "model.py": "",
     "evaluate.py": (
@@ -144,7 +147,7 @@ def tried(command, folder):
         words = [sys.executable, *words[1:]]
         folder = ROOT
     else:
-        small = TINY[words[1]].split()
+        small = TINY.get(" ".join(words[1:3]), TINY[words[1]]).split()
         own = words[1] in ("train.py", "data.py") and "--data.mix" not in words
         small += ["--data.path", "book.txt"] if own else []
         if "--resume" in words:
