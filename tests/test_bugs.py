@@ -1,4 +1,4 @@
-"""Every planted bug of tests/bugs.py is caught by the tests of its file.
+"""Every planted bug of tests/bugs*.py is caught by the tests of its file.
 
 Run: pytest tests/test_bugs.py -m slow          all of them, an hour or so
      pytest tests/test_bugs.py -m slow -k flash those of one file
@@ -9,17 +9,27 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import bugs
+import bugs_parallel
 import pytest
-from bugs import BUGS
 from conftest import ROOT
 
+BUGS = bugs.BUGS | bugs_parallel.BUGS
 ALL = [
     pytest.param(name, old, new, id=f"{name}-{number}")
-    for name, (_, bugs) in BUGS.items()
-    for number, (old, new) in enumerate(bugs)
+    for name, (_, some) in BUGS.items()
+    for number, (old, new) in enumerate(some)
 ]
 LIMIT = 300  # seconds for one bug
+
+
+def file_of(name: str, root: Path = ROOT) -> Path:
+    """A kernel's, or else that of a root script."""
+    kernel = root / "kernels" / f"{name}.py"
+    return kernel if kernel.exists() else root / f"{name}.py"
+
 
 # The first failure is enough: no smaller one is looked for.
 QUICK = """
@@ -32,7 +42,7 @@ settings.load_profile("quick")
 
 @pytest.mark.parametrize("name, old, new", ALL)
 def test_a_bug_has_one_place_and_is_python(name, old, new):
-    text = (ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8")
+    text = file_of(name).read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
     assert old != new
     ast.parse(text.replace(old, new))
@@ -51,7 +61,7 @@ def test_a_bug_is_caught(name, old, new, tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pyc*"))
     with (tmp_path / "tests" / "conftest.py").open("a", encoding="utf-8") as file:
         file.write(QUICK)
-    path = tmp_path / "kernels" / f"{name}.py"
+    path = file_of(name, tmp_path)
     path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     files = [tmp_path / "tests" / file for file in BUGS[name][0]]
     done = subprocess.run(
