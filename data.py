@@ -30,17 +30,19 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tiktoken
 import tyro
 from tqdm import tqdm
 
+import chat
 import clean
 import dedup
 import documents
 import packing
 import quality
 import redact
+import tasks
 import wordpiece
+import world
 from bpe import BPE
 from clean import Item, Step, Store, Texts, gather
 from dedup import SPLIT, clusters, first_copies, shared_spans, split_by_cluster, text_hashes
@@ -52,7 +54,7 @@ from tokenizer import KINDS, load
 from vocabulary import END_OF_TEXT, Tokenizer
 
 # What these do decides what the token files hold.
-MADE_BY = (clean, dedup, documents, packing, quality, redact)
+MADE_BY = (chat, clean, dedup, documents, packing, quality, redact, tasks, world)
 CACHE = RUNS / "cache"
 FIXED = {"wordpiece": wordpiece.SPECIAL}  # special tokens that a kind always has
 LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
@@ -64,6 +66,12 @@ class DataConfig:
 
     path: str = (
         ""  # file, folder or glob of .txt .md .py .jsonl (also .gz); empty: Python's own prose
+    )
+    source: Literal["files", "world"] = (
+        "files"  # those of path; world: stories that world.py writes, in which all can be checked
+    )
+    form: Literal["text", "chat"] = (
+        "text"  # of files; chat: conversations in .json, .jsonl or .csv, for --objective chat
     )
     mix: tuple[str, ...] = ()  # instead of path, several sources: name=path or name=path@weight
     temperature: float = 1.0  # of weights that are not given: tokens^(1/temperature)
@@ -82,6 +90,10 @@ class DataConfig:
             raise UserError(f"--data.held-out {self.held_out} must lie between 0 and 1")
         if not self.temperature > 0:
             raise UserError(f"--data.temperature {self.temperature} must be above 0")
+        if self.source == "world" and (self.path or self.mix or self.form == "chat"):
+            raise UserError("--data.source world needs no --data.path, --data.mix or --data.form")
+        if self.form == "chat" and not (self.path or self.mix):
+            raise UserError("--data.form chat needs a --data.path with conversations")
         if self.mix and self.path:
             raise UserError("--data.path and --data.mix both name the text: give one of them")
         sources_of(self)
@@ -119,7 +131,7 @@ class Source(NamedTuple):
 def sources_of(config: DataConfig) -> list[Source]:
     """The sources that the settings name; UserError where they cannot be mixed."""
     if not config.mix:
-        return [Source("corpus", config.path, 1.0)]
+        return [Source("corpus", "world:" if config.source == "world" else config.path, 1.0)]
     sources = [source_of(text) for text in config.mix]
     names, weights = [s.name for s in sources], [s.weight for s in sources]
     if len(set(names)) < len(names):
@@ -149,13 +161,13 @@ def source_of(text: str) -> Source:
 def recipe_of(config: DataConfig) -> str:
     if config.clean != "auto":
         return config.clean
-    return "none" if config.path or config.mix else "docs"
+    return "none" if config.path or config.mix or config.source == "world" else "docs"
 
 
 def read_all(config: DataConfig) -> Iterator[tuple[Document | Problem, int]]:
     """All that the sources hold, one after another, with the number of the source."""
     for number, source in enumerate(sources_of(config)):
-        for found in read(source.path):
+        for found in read(source.path, config.form):
             yield found, number
 
 
@@ -240,17 +252,22 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     cache: Path = CACHE,
     special: tuple[str, ...] = (),
+    most: int = 0,
 ) -> Corpus:
     """The corpus as tokens, made now or found from before; a tokenizer is trained unless given.
 
-    special: the texts that one trained here has as special tokens, beside those of its kind.
+    special: the texts that one trained here has as special tokens, beside those of its kind; most:
+    tokens of a conversation, of which more are cut away.
     """
     how = [asdict(cutting), special] if tokenizer is None else tokenizer.fingerprint
+    how = [how, most] if config.form == "chat" else how
     marks = json.dumps([identity(config), how]).encode()
     folder = cache / hashlib.blake2b(marks, digest_size=8).hexdigest()
 
     def write(out: Path) -> None:
-        tokenize(config, lambda texts: tokenizer or make_tokenizer(texts, cutting, special), out)
+        tokenize(
+            config, lambda texts: tokenizer or make_tokenizer(texts, cutting, special), out, most
+        )
 
     if not (folder / "meta.json").is_file():
         make(folder, write)
@@ -285,7 +302,7 @@ def identity(config: DataConfig) -> list:
     """What a corpus is known by: settings, its files' names, sizes and times, and this program."""
     found = []
     for source in sources_of(config):
-        files = files_of(source.path) if source.path else python_files()
+        files = files_of(source.path, config.form) if source.path else python_files()
         found += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         found += [] if source.path else [sys.version]
     made_by = [hashlib.blake2b(Path(m.__file__).read_bytes()).hexdigest() for m in MADE_BY]
@@ -293,8 +310,9 @@ def identity(config: DataConfig) -> list:
 
 
 def tokenize(
-    config: DataConfig, tokenizer_for: Callable[[Iterable[str]], Tokenizer], out: Path
-) -> None:
+    config: DataConfig, tokenizer_for: Callable[[Iterable[str]], Tokenizer], out: Path,
+    most: int = 0,
+) -> None:  # fmt: skip
     """Read, clean, divide, train the tokenizer on one side, write tokens and a description."""
     with TemporaryDirectory(dir=out.parent) as scratch:
         store = Store(Path(scratch, "documents"))
@@ -303,6 +321,8 @@ def tokenize(
         store, clean_steps = clean.clean(store, recipe_of(config))
         check(config, store, *clean_steps)
         store, held, last_step = divide(store, config)
+        if config.form == "chat" and len(held) < 2:
+            raise UserError(f"{named(config)} holds one conversation: some must be held out")
         if len(held) > 1 and held.all() == held.any():
             raise UserError(
                 f"{named(config)} holds {len(held)} copies of one document, so that none can be "
@@ -310,7 +330,9 @@ def tokenize(
             )
         texts = (item.document.text for item, is_out in split(store, held) if not is_out)
         tokenizer = tokenizer_for(texts)
-        meta = write_tokens(split(store, held), len(held), tokenizer, out)
+        cutter = Cutter(tokenizer, most)
+        meta = write_tokens(split(store, held), len(held), cutter, out)
+        last_step += cutter.said
     tokenizer.save(out / tokenizer.file_name)
     tokenizer = load(out)  # as it will be known
     parts = parts_of(config, meta.pop("sources"))
@@ -324,7 +346,8 @@ def tokenize(
 
 def named(config: DataConfig) -> str:
     own = f"prose of Python {sys.version.split()[0]}'s standard library"
-    return ", ".join(source.path or own for source in sources_of(config))
+    here = {"world:": "stories of world.py", "facts:": "statements of tasks.py", "": own}
+    return ", ".join(here.get(source.path, source.path) for source in sources_of(config))
 
 
 def check(config: DataConfig, store: Store, *steps: Step) -> None:
@@ -340,17 +363,17 @@ def check(config: DataConfig, store: Store, *steps: Step) -> None:
 
 
 def write_tokens(
-    parts: Iterable[tuple[Item, bool]], count: int, tokenizer: Tokenizer, out: Path
+    parts: Iterable[tuple[Item, bool]], count: int, cutter: "Cutter", out: Path
 ) -> dict[str, Any]:
     """The shards of both sides; what they hold, also by source, and what lzma makes of one."""
+    tokenizer = cutter.tokenizer
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writers = [ShardWriter(out, name, dtype, tokenizer.end_of_text) for name in ("train", "held")]
-    fast = tokenizer.to_tiktoken() if isinstance(tokenizer, BPE) else None
     press, squeezed = lzma.LZMACompressor(), 0
     sources: dict[int, list[int]] = {}  # documents and tokens trained on
     parts = iter(tqdm(parts, "tokens", count, leave=False, disable=None, unit="doc"))
     while batch := list(islice(parts, 512)):
-        ids = encode(tokenizer, fast, [item.document.text for item, _ in batch])
+        ids = cutter.encode([item.document for item, _ in batch])
         for (item, is_out), tokens in zip(batch, ids, strict=True):
             data = item.document.text.encode()
             writers[is_out].write(tokens, len(data))
@@ -379,14 +402,39 @@ def parts_of(config: DataConfig, found: dict[int, list[int]]) -> list[dict[str, 
     return parts
 
 
-def encode(
-    tokenizer: Tokenizer, fast: tiktoken.Encoding | None, texts: list[str]
-) -> list[list[int]]:
-    """Ids of texts, in which nothing is special; tiktoken gives up on a million blanks in a row."""
-    if fast:
-        with suppress(ValueError):
-            return fast.encode_batch(texts, num_threads=2, disallowed_special=())
-    return [*tokenizer.encode_batch(texts)]
+CUT = "conversations made shorter"
+
+
+class Cutter:
+    """From documents to ids; `said` tells what had to be left out."""
+
+    def __init__(self, tokenizer: Tokenizer, most: int):
+        self.tokenizer, self.most = tokenizer, most or sys.maxsize
+        self.fast = tokenizer.to_tiktoken() if isinstance(tokenizer, BPE) else None
+        self.said: list[Step] = []
+
+    def encode(self, documents: list[Document]) -> list[list[int]]:
+        """Ids in which nothing of a text is special; of a conversation also those of its roles."""
+        if not (documents[0].meta or {}).get("turns"):
+            return self.of_texts([document.text for document in documents])
+        found = []
+        for document in documents:
+            turns = chat.checked(document.meta["turns"])
+            ids, left_out = chat.shortened(self.tokenizer, turns, self.most)
+            found.append(ids)
+            if left_out:
+                self.said = self.said or [Step(CUT)]
+                self.said[0].drop(
+                    f"more than {self.most:,} tokens", document.source, document.text
+                )
+        return found
+
+    def of_texts(self, texts: list[str]) -> list[list[int]]:
+        """tiktoken gives up on a million blanks in a row."""
+        if self.fast:
+            with suppress(ValueError):
+                return self.fast.encode_batch(texts, num_threads=2, disallowed_special=())
+        return [*self.tokenizer.encode_batch(texts)]
 
 
 def make_tokenizer(

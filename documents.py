@@ -20,6 +20,9 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+import chat
+import tasks
+import world
 from run import UserError
 from vocabulary import END_OF_TEXT
 
@@ -91,20 +94,52 @@ def prose(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             block = []
 
 
-def read(path: str) -> Iterator[Document | Problem]:
-    """The documents of a file, folder or glob, or Python's own prose; some may be empty."""
+def read(path: str, form: str = "text") -> Iterator[Document | Problem]:
+    """The documents of a file, folder or glob, or Python's own prose; some may be empty.
+
+    form "chat": they are conversations, whose turns stand in `meta`. "world:" and a number are as
+    many stories of world.py, "facts:" paragraphs of statements of tasks.py.
+    """
     if not path:
         yield from standard_library()
+    elif path.startswith(WRITTEN):
+        yield from written_here(path)
     else:
-        for file in files_of(path):
-            yield from read_file(file)
+        for file in files_of(path, form):
+            yield from read_file(file) if form == "text" else read_chat(file)
 
 
-def files_of(path: str) -> list[Path]:
+WRITTEN = ("world:", "facts:")
+MANY = 20_000
+
+
+def written_here(path: str) -> Iterator[Document]:
+    kind, _, number = path.partition(":")
+    number = number or str(MANY)
+    if not number.isdecimal() or not int(number):
+        raise UserError(f"{path}: behind {kind}: stands how many, such as {MANY}")
+    texts = (story.text for story in world.stories()) if kind == "world" else tasks.facts()
+    for i, text in zip(range(int(number)), texts, strict=False):
+        yield Document(text, f"{kind}:{i}")
+
+
+def read_chat(path: Path) -> Iterator[Document | Problem]:
+    """Each conversation as its text, with its turns beside it."""
+    for where, turns in chat.conversations(path):
+        if isinstance(turns, str):
+            yield Problem(f"{where} {turns}")
+        else:
+            yield Document(chat.template(turns), where, {"turns": turns})
+
+
+def files_of(path: str, form: str = "text") -> list[Path]:
     """The files that --data.path names, in a fixed order; UserError if it names none."""
+    if path.startswith(WRITTEN):
+        return []
+    endings = SUFFIXES if form == "text" else chat.SUFFIXES
 
     def known(p: Path) -> bool:
-        return os.path.isfile(p) and p.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+        return os.path.isfile(p) and p.name.lower().removesuffix(".gz").endswith(endings)
 
     def shown(p: Path) -> bool:
         return not any(part.startswith(".") for part in p.relative_to(place).parts)
@@ -113,7 +148,7 @@ def files_of(path: str) -> list[Path]:
     if os.path.isfile(place):
         if not known(place):
             raise UserError(
-                f"{place}: text files end in {', '.join(SUFFIXES)} (or one of these + .gz)"
+                f"{place}: {form} files end in {', '.join(endings)} (or one of these + .gz)"
             )
         return [place]
     if os.path.isdir(place):
@@ -122,7 +157,7 @@ def files_of(path: str) -> list[Path]:
         files = sorted(p for p in {*map(Path, glob.glob(str(place), recursive=True))} if known(p))
     if not files:
         what = "holds no" if os.path.exists(place) else "is no file or folder and matches no"
-        raise UserError(f"--data.path {path} {what} {', '.join(SUFFIXES)} file (or .gz of these)")
+        raise UserError(f"--data.path {path} {what} {', '.join(endings)} file (or .gz of these)")
     return files
 
 

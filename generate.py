@@ -8,6 +8,7 @@ by a temperature and cut to the top k or to the smallest set that holds the shar
 Run: python generate.py                              three samples from the newest run
      python generate.py --prompt "Return the" --samples 2 --temperature 0.7
      python generate.py --prompt "Return the" --greedy
+     python generate.py --chat                         talk with a run of align.py
      python generate.py --bench gpt2 --samples 1       how fast this machine writes
 
 With `--model FOLDER` the model is not a run's but one in Hugging Face's layout, such as a GPT-2, a
@@ -27,8 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf, prod
 from pathlib import Path
@@ -40,15 +40,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+import chat
 from attention import KeyValue, Mask
-from heads import load_heads
-from model import NORMS, PRESETS, ModelConfig, Transformer, assembled, count_parameters, fill
-from model_files import Weights, special_ids
+from model import PRESETS, Transformer, count_parameters
 from objectives import MASK
-from run import RUNS, Run, UserError, generator, main, read_json, settings
+from run import RUNS, Run, UserError, generator, main
 from step import check_memory, pick_device, pick_dtype
-from tokenizer import load as read_tokenizer
-from vocabulary import END_OF_TEXT, Tokenizer
+from vocabulary import Tokenizer
+from writer import Writer, cast, load, load_folder, unknown
 
 
 @dataclass(frozen=True)
@@ -312,92 +311,6 @@ def generate(
             return
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
-def load_weights(model: Transformer, path: Path) -> None:
-    """Fill a model from model.safetensors; UserError if names or shapes are others."""
-    fill(model, Weights([path]))
-
-
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """UserError if it is damaged, or has ids that a model of vocab_size tokens does not know."""
-    try:
-        tokenizer = read_tokenizer(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error}") from None
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens but the model knows {vocab_size}: "
-            "this is not its tokenizer"
-        )
-    return tokenizer
-
-
-class Writer(NamedTuple):
-    """A model, and how texts become ids that it knows."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    begin: list[int]  # what stands before every text
-    stop: set[int]  # what ends one
-    close: Sequence[int] = ()  # what stands behind a text that an encoder reads
-    answer: Sequence[int] = ()  # what a text begins with that answers another, in an encdec
-    whole: bool = False  # a prompt was seen whole in training
-    head: Callable[[Tensor], Tensor] | None = None  # of an encoder: hidden states to scores
-
-
-def load(run: Run, device: torch.device) -> Writer:
-    """A run's newest whole checkpoint, and the tokenizer that it was trained with."""
-    where = f"{run.folder}/config.json"
-    config = settings(ModelConfig, run.config().get("model"), where, "model.")
-    newest = run.newest()
-    tokenizer = load_tokenizer(run.folder, config.vocab_size)
-    trained = read_json(newest / "train_state.json")
-    if not str(trained.get("text")).startswith(f"{tokenizer.fingerprint}-"):
-        raise UserError(f"the tokenizer in {run.folder} is not the one that it was trained with")
-    kept = trained.get("settings", {"model": asdict(config)})  # older runs have none
-    shape = kept.get("model") if isinstance(kept, dict) else kept
-    if settings(ModelConfig, shape, f"{newest}/train_state.json", "model.") != config:
-        raise UserError(f"the model of {where} is not the one that {newest} was trained with")
-    model = assembled(config, Weights([newest / "model.safetensors"]))
-    model, end = model.to(device).eval(), tokenizer.end_of_text
-    whole = run.config().get("objective", "causal") != "causal"
-    return Writer(model, tokenizer, [end], {end}, [], [end], whole, model.logits)
-
-
-def load_folder(folder: Path, device: torch.device) -> Writer:
-    """The model of a Hugging Face folder, such as GPT-2, T5 or BERT, with its tokenizer.
-
-    What begins and what ends a text, config.json says, or else the tokenizer's end of text. BERT's
-    texts stand between [CLS] and [SEP], T5's before </s>.
-    """
-    model = Transformer.load(folder).to(device).eval()
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    end = {id for text, id in tokenizer.special.items() if text == END_OF_TEXT}
-    begin, stop, answer = (ids & tokenizer.known_ids for ids in special_ids(folder))
-    match model.config.arch:
-        case "decoder":
-            return Writer(model, tokenizer, sorted(begin or end), stop or end)
-        case "encdec":
-            answer = sorted(answer or begin or end)
-            return Writer(model, tokenizer, [], stop or end, sorted(stop or end), answer)
-    around = ([tokenizer.special[t]] if t in tokenizer.special else [] for t in ("[CLS]", "[SEP]"))
-    heads = load_heads(folder).to(device)
-    if "masked" not in heads:
-        raise UserError(f"{folder} has no head that says which token was masked")
-    head = partial(heads["masked"], embedding=model.embedding)
-    return Writer(model, tokenizer, next(around), set(), next(around), head=head)
-
-
-def cast(model: Transformer, dtype: torch.dtype) -> None:
-    """Matrices and biases in dtype, once instead of for every token; norms stay in fp32."""
-    for module in model.modules():
-        if not isinstance(module, tuple(NORMS.values())):
-            for p in module.parameters(recurse=False):
-                p.data = p.data.to(dtype)
-
-
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -417,6 +330,8 @@ class Generate(Sampling):
     samples: int = 3  # texts written at once
     tokens: int = 200  # longest text, in tokens
     stop: tuple[str, ...] = ()  # further texts, each one token, that end a sample
+    chat: bool = False  # talk with a model that was tuned on conversations
+    system: str = ""  # what it is told before the conversation
     seed: int = 0  # of the choices
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # what the model computes in
@@ -458,11 +373,6 @@ def continued(tokenizer: Tokenizer, prompt: list[int], ids: Iterable[int]) -> It
         known = max(0, known - len(text))
 
 
-def unknown(writer: Writer) -> list[int]:
-    """Rows of the embedding that stand for no token."""
-    return sorted({*range(writer.model.config.vocab_size)} - writer.tokenizer.known_ids)
-
-
 def write(writer: Writer, config: Generate) -> None:
     """Print the samples: a single one while it is written, several when all are."""
     model, tokenizer, arch = writer.model, writer.tokenizer, writer.model.config.arch
@@ -495,6 +405,81 @@ def write(writer: Writer, config: Generate) -> None:
         text = "".join(continued(tokenizer, prompt, ids))
         print(f"--- {number} ---\n{shown}{text}\n")
 
+
+# --- talking --------------------------------------------------------------------------------------
+
+HELP = (
+    "/undo takes the last question back, /new begins anew, /system TEXT tells the model something; "
+    "Ctrl-C stops an answer, Ctrl-D ends"
+)
+
+
+def talk(writer: Writer, config: Generate) -> None:
+    """A conversation in the terminal, until its user ends it."""
+    if not chat.knows_roles(writer.tokenizer):
+        raise UserError(
+            "this model knows no roles, so that it cannot talk: tune one with python align.py sft"
+        )
+    print(HELP)
+    system, turns = config.system, []
+    while (line := asked()) is not None:
+        command, _, text = line.partition(" ")
+        if command == "/undo":
+            turns = turns[:-2]
+            print(f"({len(turns) // 2} questions are left)")
+        elif command in ("/new", "/system"):
+            turns, system = [], text if command == "/system" else system
+            print("(a new conversation)")
+        elif line.startswith("/"):
+            print(HELP)
+        elif line.strip():
+            turns.append(chat.Turn("user", line))
+            start = [chat.Turn("system", system)] if system else []
+            turns.append(chat.Turn("assistant", answered(writer, config, start, turns)))
+
+
+def asked() -> str | None:
+    """A line of the user's, or None at the end."""
+    try:
+        return input("\nyou  ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def answered(writer: Writer, config: Generate, start: list, turns: list) -> str:
+    """Print an answer while it is written; what was said if Ctrl-C stops it.
+
+    Of a conversation longer than the context the oldest turns are forgotten.
+    """
+    context, kept = writer.model.config.context, list(turns)
+    room = context - min(config.tokens, context // 2)
+
+    def prompt() -> list[int]:
+        return [*writer.begin, *chat.written(writer.tokenizer, [*start, *kept], answer=True)]
+
+    while len(prompt()) > room and len(kept) > 2:
+        kept = kept[2:]
+    if len(kept) < len(turns):
+        print(f"(of {len(turns) // 2} questions before, {len(kept) // 2} are remembered)")
+    said: list[str] = []
+    print("  →  ", end="", flush=True)
+    try:
+        steps = generate(writer.model, [prompt()], config.tokens, config, writer.stop,
+                         config.seed + len(turns), unknown(writer))  # fmt: skip
+        ids = (token for (token,) in steps if token is not None and token not in writer.stop)
+        for text in writer.tokenizer.decode_stream(ids):
+            said.append(text)
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
+    except UserError as error:
+        print(f"({error})", end="")
+    print()
+    return "".join(said) or "…"
+
+
+# --- filling in -----------------------------------------------------------------------------------
 
 MASKS = (MASK, "[MASK]")  # ours, and BERT's
 
@@ -570,7 +555,7 @@ def script() -> None:
         else load(Run.open(config.run), device)
     )
     cast(writer.model, dtype)
-    write(writer, config)
+    talk(writer, config) if config.chat else write(writer, config)
 
 
 if __name__ == "__main__":

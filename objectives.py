@@ -37,6 +37,7 @@ from run import UserError
 
 MASK = "<|mask|>"
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # as many as T5 has
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")  # who speaks, and the end of a turn
 MODES = ("[R]", "[S]", "[X]")  # UL2's words for short spans, the end, and long or many spans
 SHORTEST = 8  # tokens; of a shorter piece nothing is hidden, or answers would outgrow the text
 FAR = 1 << 40  # the key of what is not there: it goes to the end of a row
@@ -58,6 +59,7 @@ class Vocabulary(NamedTuple):
     sentinels: Tensor
     modes: dict[str, int]
     ordinary: Tensor
+    roles: Tensor  # as ROLES
 
 
 @dataclass
@@ -117,6 +119,17 @@ def per_piece(starts: Tensor, generator: Generator) -> Tensor:
 def causal(rows: Rows, generator=None, vocabulary=None, arch="decoder") -> Batch:
     """At every token, the next one: targets[t] = ids[t + 1] within a document (GPT)."""
     return Batch(rows.ids, rows.nexts, rows.starts)
+
+
+def chat(rows: Rows, generator: Generator, vocabulary: Vocabulary, arch="decoder") -> Batch:
+    """The next token where it is the assistant's, the end of its turn included, and nowhere else.
+
+    A token is the assistant's if, of the tokens of roles and ends before it, the last is its role.
+    """
+    mark = torch.isin(rows.ids, vocabulary.roles)
+    last = torch.where(mark, places(rows.ids), -1).cummax(1).values
+    speaks = rows.ids.gather(1, last.clamp(min=0)) == vocabulary.roles[2]
+    return Batch(rows.ids, only(rows.nexts, speaks & (last >= rows.starts)), rows.starts)
 
 
 def masked(
@@ -344,6 +357,7 @@ class Objective(NamedTuple):
 BOTH = ("decoder", "encdec")
 OBJECTIVES = {
     "causal": Objective(causal, ("decoder",)),
+    "chat": Objective(chat, ("decoder",), ROLES),
     "masked": Objective(masked, ("encoder",), (MASK,)),
     "prefix": Objective(prefix, BOTH),
     "spans": Objective(partial(denoise, denoisers=T5), BOTH, SENTINELS, T5),
@@ -381,4 +395,5 @@ def vocabulary_for(
         torch.tensor([special[text] for text in SENTINELS if text in special]),
         {text: special[text] for text in MODES if text in special},
         torch.tensor(sorted({*known} - {*special.values(), end})),
+        torch.tensor([special[text] for text in ROLES if text in special]),
     )

@@ -42,7 +42,7 @@ from recompute import recompute
 from run import RUNS, Run, Tensors, UserError, value_of
 from split import Place
 from step import Update, device_memory, pick_device
-from training import Train, Training, least_bytes
+from training import Train, Training, first_weights, least_bytes
 from zero import build, held
 
 # --- one voice ------------------------------------------------------------------------------------
@@ -138,6 +138,10 @@ class ParallelTraining(Training):
         c = self.config
         self.model = Part(c.model, c.plan, self.mesh)
         self.model.initialize(c.seed)
+        if c.base:
+            weights = first_weights(c)
+            for p in self.model.parameters():
+                p.data.copy_(p.place.of(weights[p.place.name]))
         self.model.to(self.device)
         recompute(self.model, c.recompute)
         self.optimizer = build(self.model, c.optim, self.dtype, c.plan)

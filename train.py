@@ -33,10 +33,12 @@ import tyro
 from tqdm import tqdm
 
 import dry_run
-from data import Corpus, prepare
+from chat import keep_template, knows_roles, with_roles
+from clean import Step
+from data import CUT, Corpus, prepare
 from guard import failing
 from mesh import Group, Plan, join
-from model import preset_in
+from model import ModelConfig, preset_in
 from objectives import objective_for
 from parallel_training import after_restart, begin, check_size, lead, one_voice, shared
 from plan import Plan as AutomaticPlan
@@ -52,7 +54,9 @@ from step import (
     pick_dtype,
     watched,
 )
-from training import Train, Training, changes, stored, unchangeable
+from training import Train, Training, base_of, changes, stored, unchangeable
+from vocabulary import Tokenizer
+from writer import load_tokenizer
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -89,9 +93,33 @@ def parse(
     return config, run, list(changed.values())
 
 
+def with_base(config: Train, run: Run | None) -> tuple[Train, Tokenizer | None]:
+    """The settings with the model of the base, and its tokenizer, if there is a base.
+
+    A run that goes on has both itself.
+    """
+    if not config.base:
+        return config, None
+    if run is not None and (run.folder / "tokenizer.json").is_file():
+        return config, load_tokenizer(run.folder, config.model.vocab_size)
+    base = base_of(config.base)
+    model = replace(base.model.config, dropout=config.model.dropout)
+    other = changes(replace(ModelConfig(), dropout=model.dropout), config.model)
+    if run is None and other:
+        raise UserError(
+            f"with --base {config.base} the model is its own: leave --model out, but for "
+            f"--model.dropout ({', '.join(other.values())})"
+        )
+    tokenizer = with_roles(base.tokenizer) if config.objective == "chat" else base.tokenizer
+    model = replace(model, vocab_size=max(model.vocab_size, tokenizer.vocab_size))
+    return replace(config, model=model), tokenizer
+
+
 def complete(config: Train, tokens: int) -> Train:
     """The settings with what machine and text decide, so that what is written is what is done."""
     model, device = config.model, pick_device(config.device)
+    if config.base:
+        tokens = model.vocab_size
     if model.vocab_size not in (0, tokens):
         raise UserError(
             f"--model.vocab-size {model.vocab_size} does not fit the tokenizer, which knows "
@@ -122,7 +150,8 @@ def introduction(
         f"text     {meta['source']}: {train['documents']:,} documents, {train['bytes']:,} bytes\n"
         f"held out {held['documents']:,} documents, {held['bytes']:,} bytes; "
         f"lzma writes them in {meta['lzma_bits_per_byte']:.3f} bits per byte\n"
-        f"tokens   {m.vocab_size:,} known, {train['bytes'] / train['tokens']:.2f} bytes each\n"
+        + left_out(meta["steps"])
+        + f"tokens   {m.vocab_size:,} known, {train['bytes'] / train['tokens']:.2f} bytes each\n"
         f"model    {m.layers} blocks, {m.dim} wide, {m.heads} heads of {m.head_dim}, feed-forward "
         f"{m.ffn_width}: {N:,} parameters\n"
         f"step     {config.accumulate} × {config.batch} rows × {width} = "
@@ -145,6 +174,17 @@ def introduction(
         + "".join(f"\nchanged  {text}" for text in changed)
         + "\n"
     )
+
+
+def left_out(steps: list[dict]) -> str:
+    """What could not be read, and what was too long, with an example of each."""
+    found = ""
+    for step in (Step(**step) for step in steps):
+        for reason, times in step.dropped.items() if step.name in ("read", CUT) else ():
+            if reason != "empty":
+                source, example = step.examples[reason]
+                found += f"left out {times:,} × {reason}, as in {source} {example}\n"
+    return found
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -276,6 +316,7 @@ def in_words(held_out: dict[str, float]) -> str:
 
 EXAMPLES = {  # what generate.py can be asked after a run
     "causal": "--prompt 'Return the'",
+    "chat": "--chat",
     "masked": "--prompt 'Return the <|mask|> of the list.'",
     "prefix": "--prompt 'Return the'",
     "spans": "--special --prompt 'Return the <extra_id_0> of the list.'",
@@ -328,8 +369,12 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
     check_size(config.plan, world)
     if run is None and config.name:
         lead(world, lambda: check_free(config.name))
+    config, tokenizer = with_base(config, run)
     special = objective_for(config.objective, config.model.arch).special
-    text = partial(prepare, config.data, config.tokenizer, special=special)
+    text = partial(
+        prepare, config.data, config.tokenizer, tokenizer, special=special,
+        most=config.model.context,
+    )  # fmt: skip
     lead(world, lambda: text() and None)  # the first process makes the tokens, the others find them
     corpus = text()
     config = complete(config, corpus.tokenizer.vocab_size)
@@ -363,6 +408,8 @@ def keep_tokenizer(corpus: Corpus, run: Run) -> None:
     path = run.folder / corpus.tokenizer.file_name
     with run.writing(path):
         corpus.tokenizer.save(path)
+        if knows_roles(corpus.tokenizer):
+            keep_template(run.folder)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import torch
 
 from data import Corpus, DataConfig, TokenizerConfig
 from dropout import drawn_from
-from generate import Sampling, generate, load_weights
+from generate import Sampling, generate
 from guard import AGAIN, LEAST, GuardConfig, Made, Skip, spike
 from kernels.cross_entropy import IGNORE
 from mesh import Plan
 from model import ModelConfig, Transformer
-from objectives import OBJECTIVES, Batch, Rows, objective_for, vocabulary_for
+from objectives import OBJECTIVES, ROLES, Batch, Rows, objective_for, vocabulary_for
 from optim import OptimConfig, Ramp, build, learning_rate
 from packing import Mixture, whole
 from recompute import KINDS, recompute
@@ -53,6 +53,7 @@ from step import (
     update,
     write_replay,
 )  # fmt: skip
+from writer import Writer, load, load_folder, load_weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Train:
     """Train a language model."""
 
     name: str = ""  # the run's folder under runs/; empty: the next free run-001, run-002, …
+    base: str = ""  # begin with weights and tokenizer of this run, or of a Hugging Face folder
     resume: bool = False  # go on with the run of this name (empty: the newest), with its settings
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -94,6 +96,8 @@ class Train:
             if not 1 <= getattr(self, name) <= MOST:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, at most {MOST:,}")
         objective_for(self.objective, self.model.arch)
+        if (self.objective == "chat") != (self.data.form == "chat"):
+            raise UserError("--objective chat and --data.form chat belong together: give both")
         if not 0 <= self.watch_every <= MOST:
             raise UserError(f"--watch-every {self.watch_every} must be from 0 to {MOST:,}")
         if (warm := round(self.optim.warmup * self.steps)) == self.steps:
@@ -165,6 +169,22 @@ def least_bytes(config: Train) -> int:
     return int((each * sum(parameters(c).values()) / plan.tensor + stream) / plan.pipeline)
 
 
+def base_of(name: str) -> Writer:
+    """The model and the tokenizer with which a run begins: another run's, or a folder's."""
+    path = Path(name) / "config.json"
+    if path.is_file() and "model_type" in read_json(path):
+        return load_folder(Path(name), torch.device("cpu"))
+    return load(Run.open(name), torch.device("cpu"))
+
+
+def first_weights(config: Train) -> Tensors:
+    """The base's; rows of the embedding that it lacks, for new special tokens, are drawn anew."""
+    found = Transformer(config.model, config.seed).state_dict()
+    for name, x in base_of(config.base).model.state_dict().items():
+        found[name][tuple(slice(n) for n in x.shape)] = x
+    return found
+
+
 class Training:
     """The state of a run between two steps, which a checkpoint keeps and a resumed run takes up."""
 
@@ -206,7 +226,10 @@ class Training:
     def make(self) -> None:
         """Model and optimizer."""
         c = self.config
-        self.model = Transformer(c.model, c.seed).to(self.device)
+        self.model = Transformer(c.model, c.seed)
+        if c.base:
+            self.model.load_state_dict(first_weights(c))
+        self.model.to(self.device)
         recompute(self.model, c.recompute)
         self.optimizer = build(self.model.named_parameters(), c.optim, self.dtype)
 
@@ -475,6 +498,9 @@ class Training:
     def sample_of(self, model: Transformer, count: int, tokens: int) -> Iterator[str]:
         tokenizer, seed = self.corpus.tokenizer, self.config.seed
         end, tokens = tokenizer.end_of_text, min(tokens, self.config.model.context)
+        if self.config.objective == "chat":
+            yield from self.replies(model, count, tokens)
+            return
         if self.config.objective == "causal":
             steps = list(generate(model, [[end]] * count, tokens, Sampling(), {end}, seed))
             for column in zip(*steps, strict=True):
@@ -485,6 +511,20 @@ class Training:
             row = batch.each(lambda x, n=number: x[n : n + 1])
             asked, said = self.answer(model, row, tokens)
             yield f"{tokenizer.decode(asked)}\n→ {tokenizer.decode(said)}"
+
+    def replies(self, model: Transformer, count: int, tokens: int) -> Iterator[str]:
+        """Of held-out conversations the beginning, and what the model says then."""
+        tokenizer, special = self.corpus.tokenizer, self.corpus.tokenizer.special
+        for number in range(min(count, len(self.corpus.held))):
+            ids = self.corpus.held.document(number).tolist()
+            if special[ROLES[2]] not in ids[: self.width]:
+                continue
+            asked = ids[: ids.index(special[ROLES[2]]) + 1]
+            steps = generate(
+                model, [asked], tokens, Sampling(greedy=True), {special[ROLES[3]]}, self.config.seed
+            )
+            said = [t for (t,) in steps if t is not None and t != special[ROLES[3]]]
+            yield f"{tokenizer.decode(asked[2:-2])}\n→ {tokenizer.decode(said)}"
 
     @torch.no_grad()
     def answer(self, model: Transformer, row: Batch, tokens: int) -> tuple[list[int], list[int]]:

@@ -28,10 +28,10 @@ from test_train import TINY, assert_same_end, end_of, start, write_texts
 
 import run as run_module
 from data import Corpus, DataConfig, TokenizerConfig, prepare
-from generate import load
 from model import ModelConfig
 from run import Run, UserError, digest, load_tensors, read_json
 from train import Train, Training, complete, loop, stored
+from writer import load
 
 
 @pytest.fixture

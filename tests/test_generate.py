@@ -23,15 +23,10 @@ from generate import (
     Generate,
     Sampling,
     bench,
-    cast,
     continued,
     distribution,
     draw,
     generate,
-    load,
-    load_folder,
-    load_tokenizer,
-    load_weights,
     write,
 )
 from model import ModelConfig, Transformer
@@ -40,6 +35,7 @@ from tokenizer import KINDS
 from unigram import Unigram
 from vocabulary import END_OF_TEXT
 from wordpiece import WordPiece
+from writer import cast, load, load_folder, load_tokenizer, load_weights
 
 SMALL = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, context=12, vocab_size=11)
 

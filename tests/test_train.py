@@ -26,6 +26,7 @@ from models import shaken
 
 import generate
 import train
+import writer
 from data import DataConfig, TokenizerConfig, prepare
 from guard import GuardConfig, Skip
 from model import PRESETS, ModelConfig
@@ -705,7 +706,7 @@ def test_a_changed_config_does_not_change_a_run_that_goes_on(mine):
     assert "another setting of model.rope_base" in refusal(resumed)
     mine[1].corpus.tokenizer.save("runs/mine/tokenizer.json")
     with pytest.raises(UserError, match=r"is not the one that .*step-000002 was trained with"):
-        generate.load(mine[0], torch.device("cpu"))
+        writer.load(mine[0], torch.device("cpu"))
 
 
 def end_of_files(place):

@@ -1,0 +1,160 @@
+"""From a model that continues texts to one that answers.
+
+Idea: a base model knows language, and goes on with whatever it is given. Tuned on conversations, of
+which only the assistant's words are asked for, it learns what an instruction is; that it learnt the
+idea and not the sentences, tasks show whose words and combinations it was never tuned on.
+
+    sft    supervised tuning on instructions, with an examination before and after
+
+Run: python align.py sft                      some minutes; a base run is made if there is none
+     python align.py sft --base run-001 --lessons.count 50000 --steps 3000
+     python align.py sft --path conversations.jsonl
+
+Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGPT (arXiv
+2203.02155).
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+import examine
+import tasks
+from data import CACHE
+from examine import Examine, Result, examined, writer_of
+from instruct import Lessons, lessons, write
+from run import RUNS, Run, UserError, check_free, fingerprint, main, table, write_json
+
+# A base for the tasks: stories, and statements in which their words occur.
+BASE = ("train.py", "--data.mix", "stories=world:@1", "facts=facts:@2", "--name", "base",
+        "--steps", "2000")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Tune a base run on instructions."""
+
+    base: str = ""  # a run's name or folder, or a Hugging Face folder; empty: base, made if need be
+    name: str = "sft"  # of the tuned run
+    path: str = ""  # conversations of yours instead of lessons: .jsonl, .json or .csv
+    lessons: Lessons = Lessons()
+    steps: int = 1500  # updates
+    batch: int = 16  # rows in an update
+    lr: float = 0.01  # learning rate
+    asked: int = 40  # questions of each task in the examinations
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        if min(self.steps, self.batch, self.asked) < 1:
+            raise UserError("--steps, --batch and --asked must be at least 1")
+
+
+def start(*words: str) -> None:
+    """Run one of our scripts as a user would; its failure is ours."""
+    folder = Path(__file__).parent
+    print(f"\n$ python {shlex.join(words)}\n", flush=True)
+    code = subprocess.run([sys.executable, str(folder / words[0]), *words[1:]]).returncode
+    if code:
+        sys.exit(code)
+
+
+def base_run(name: str) -> str:
+    """The base to begin with; trained now if there is none."""
+    if not name and not (RUNS / "base" / "config.json").is_file():
+        start(*BASE)
+    return name or "base"
+
+
+def lessons_file(how: Lessons) -> Path:
+    """The lessons as a file, which anybody can look at; made once."""
+    made_by = [Path(module.__file__).read_text() for module in (tasks, sys.modules["instruct"])]
+    mark = fingerprint({"how": asdict(how), "made by": made_by})[:16]
+    path = CACHE / f"lessons-{mark}.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(lessons(how), "lessons", how.count, leave=False, disable=None)
+        write(list(bar), path)
+    return path
+
+
+def sft(config: Sft) -> None:
+    """Examine the base, tune it, examine what came of it."""
+    check_free(config.name)
+    base = base_run(config.base)
+    path = config.path or str(lessons_file(config.lessons))
+    before = before_tuning(config, base)
+    start("train.py", "--base", base, "--name", config.name, "--objective", "chat",
+          "--data.form", "chat", "--data.path", path, "--steps", str(config.steps),
+          "--batch", str(config.batch), "--optim.lr", str(config.lr),
+          "--seed", str(config.seed), "--device", config.device)  # fmt: skip
+    report(config, before | {"tuned": examination(config, config.name, 0)})
+
+
+def before_tuning(config: Sft, base: str) -> dict[str, list[Result]]:
+    """A base is asked as it stands, and with four examples, which tell it the form."""
+    return {
+        "base": examination(config, base, 0),
+        "base, 4 examples": examination(config, base, 4),
+    }
+
+
+NEW = "new pairs"  # of operations: compositions that no lesson had
+
+
+def examination(config: Sft, run: str, shots: int) -> list[Result]:
+    """On problems, words and compositions that no lesson had; the compositions together."""
+    how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60)
+    writer = writer_of(run, "", config.device)
+    found = examined(writer, how)
+    pairs = tuple(tasks.composed("test"))
+    each = examined(writer, replace(how, tasks=pairs, count=max(1, config.asked // len(pairs))))
+    asked = sum(r.asked for r in each)
+    marks = [m for r in each for m in [True] * round(r.right * r.asked)]
+    marks += [False] * (asked - len(marks))
+    share = sum(marks) / asked
+    return [*found, Result(NEW, asked, share, *examine.bootstrap(marks), each[0].example)]
+
+
+def report(config: Sft, found: dict[str, list[Result]]) -> None:
+    """A table and a picture of all examinations, beside the run."""
+    each = zip(*found.values(), strict=True)
+    rows = [(kinds[0].kind, *(f"{r.right:.0%}" for r in kinds)) for kinds in each]
+    means = (f"{mean(each):.0%}" for each in found.values())
+    print("\n" + table(("right answers", *found), *rows, ("mean", *means)))
+    folder = Run.open(config.name).folder
+    write_json(folder / "examination.json", {
+        name: [r._asdict() for r in each] for name, each in found.items()
+    })  # fmt: skip
+    path = folder / "examination.png"
+    examine.draw(found, path, "Problems, words and compositions that no lesson had")
+    print(f"\npicture: {path}\nchat:    python generate.py --run {config.name} --chat")
+
+
+def mean(found: Sequence[Result]) -> float:
+    return sum(r.right for r in found) / len(found)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def script() -> None:
+    """Without arguments: sft."""
+    what, *arguments = sys.argv[1:] or ["sft"]
+    if what in ("-h", "--help"):
+        print(__doc__)
+    elif what != "sft":
+        raise UserError(f"there is no {what}: python align.py sft --help")
+    else:
+        description = Sft.__doc__.split("\n")[0]
+        sft(tyro.cli(Sft, prog="align.py sft", args=arguments, description=description))
+
+
+if __name__ == "__main__":
+    main(script)

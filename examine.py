@@ -1,0 +1,360 @@
+"""Examinations: what a model can answer, how it is asked, and how sure one can be of the number.
+
+Idea: a question can be put to a model in several ways, and which one is used changes what is
+measured. So each is a function here, and all use the same questions, from tasks whose test side no
+training side has seen, from MMLU, from GSM8K, or from a file of one's own.
+
+    exact         the model writes an answer, which must be the right one: greedy, or drawn
+    few-shot      k solved examples stand before the question; which and in what order, a seed says
+    think         the model is asked to think step by step, or its examples do
+    vote          several drawn answers, of which the most frequent counts (self-consistency)
+    choice        the likeliest of given answers, by log p, or by log p per byte
+
+A run that was tuned on conversations is asked in a conversation, any other in the form "Question: …
+Answer: …". Intervals hold the true value in 95 of 100 cases, by drawing questions again and again.
+
+Run: python examine.py                          the newest run, on a few tasks
+     python examine.py --file questions.jsonl --shots 5 --ask choice
+     python examine.py --tasks add --levels 3 --think --votes 9
+
+Papers: Brown et al. 2020, GPT-3 (arXiv 2005.14165); Wei et al. 2022 (arXiv 2201.11903); Kojima et
+al. 2022 (arXiv 2205.11916); Wang et al. 2023, self-consistency (arXiv 2203.11171); Efron 1979.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import chat
+import tasks
+from chat import Turn
+from generate import Sampling, generate
+from run import RUNS, Run, UserError, generator, main, picture, table, write_json
+from step import pick_device
+from tasks import ANSWER, THINK, final
+from writer import Writer, load, load_folder, unknown
+
+# --- what is asked --------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """A question whose answer is known."""
+
+    kind: str  # by which results are told apart
+    question: str
+    answer: str
+    worked: str = ""  # the answer behind its steps, if they are known
+    choices: tuple[str, ...] = ()  # answers to choose from, if there are some
+
+
+def from_tasks(
+    names: Sequence[str], count: int, side: tasks.Side, seed: int, levels: Sequence[int]
+) -> list[Asked]:
+    """`count` problems of each task, level after level."""
+    return [
+        Asked(name, p.question, p.answer, p.worked)
+        for name in names
+        for p in (tasks.problem(name, levels[i % len(levels)], side, i, seed) for i in range(count))
+    ]
+
+
+def from_file(path: Path) -> list[Asked]:
+    """MMLU's tables, GSM8K's lines, and whatever else chat.py reads, in its order.
+
+    UserError for what cannot be read, with the place.
+    """
+    found = []
+    for where, turns in chat.conversations(path):
+        if isinstance(turns, str):
+            raise UserError(f"{where} {turns}")
+        *_, asked, reply = turns if len(turns) > 1 else (Turn("user", ""), *turns)
+        letters = tuple(chat.CHOICES) if path.suffix == ".csv" else ()
+        worked = reply.text if ANSWER in reply.text else ""
+        found.append(Asked(path.stem, asked.text, final(reply.text), worked, letters))
+    if not found:
+        raise UserError(f"{path} holds no question")
+    return found
+
+
+# --- how it is asked ------------------------------------------------------------------------------
+
+
+class Manner(NamedTuple):
+    """How questions are put."""
+
+    shots: int = 0  # solved examples before each
+    think: bool = False  # ask for steps, and show them in the examples
+    chat: bool = False  # as a conversation
+
+
+def prompt(writer: Writer, asked: Asked, how: Manner, examples: Sequence[Asked]) -> list[int]:
+    """The ids of a question behind its examples."""
+    tokenizer, extra = writer.tokenizer, f" {THINK}" if how.think else ""
+    if how.chat:
+        turns = []
+        for one in examples:
+            turns += [Turn("user", one.question + extra), Turn("assistant", shown(one, how))]
+        turns.append(Turn("user", asked.question + extra))
+        return [*writer.begin, *chat.written(tokenizer, turns, answer=True)]
+    text = "".join(
+        f"Question: {one.question}{extra}\nAnswer: {shown(one, how)}\n\n" for one in examples
+    )
+    return [
+        *writer.begin, *tokenizer.encode(f"{text}Question: {asked.question}{extra}\nAnswer:")
+    ]  # fmt: skip
+
+
+def shown(example: Asked, how: Manner) -> str:
+    return example.worked if how.think and example.worked else example.answer
+
+
+def prompts(
+    writer: Writer, questions: Sequence[Asked], pool: Sequence[Asked], how: Manner, seed: int
+) -> list[list[int]]:
+    """Each question behind examples of its own kind, drawn for it from the pool.
+
+    UserError if there are too few, or if it does not fit into the context.
+    """
+    found, context = [], writer.model.config.context
+    for number, asked in enumerate(questions):
+        own = [one for one in pool if one.kind == asked.kind and one.question != asked.question]
+        if len(own) < how.shots:
+            raise UserError(
+                f"--shots {how.shots} are more than the {len(own)} examples of {asked.kind}"
+            )
+        rng = random.Random(generator(seed, "shots", number).initial_seed())
+        ids = prompt(writer, asked, how, rng.sample(own, how.shots))
+        if len(ids) >= context:
+            raise UserError(
+                f"a question of {asked.kind} with {how.shots} examples has {len(ids):,} tokens, "
+                f"more than the model's context of {context:,}: take fewer --shots"
+            )
+        found.append(ids)
+    return found
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+AT_ONCE = 64  # questions
+
+
+def replies(
+    writer: Writer, asked: list[list[int]], sampling: Sampling, tokens: int, seed: int
+) -> list[str]:
+    """What the model writes behind each prompt; of a model that is no chat's the first line."""
+    found = [""] * len(asked)
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))  # alike ones at once
+    speaks = chat.knows_roles(writer.tokenizer)
+    never = unknown(writer)
+    for first in tqdm(range(0, len(order), AT_ONCE), "answers", leave=False, disable=None):
+        some = order[first : first + AT_ONCE]
+        ids: list[list[int]] = [[] for _ in some]
+        steps = generate(writer.model, [asked[i] for i in some], tokens, sampling, writer.stop,
+                         seed + first, never)  # fmt: skip
+        for step in steps:
+            for column, token in zip(ids, step, strict=True):
+                if token is not None and token not in writer.stop:
+                    column.append(token)
+        for i, column in zip(some, ids, strict=True):
+            text = writer.tokenizer.decode(column)
+            found[i] = text if speaks else text.strip().split("\n")[0]
+    return found
+
+
+def right(asked: Asked, reply: str) -> bool:
+    return final(reply) == " ".join(asked.answer.split()).rstrip(".")
+
+
+def voted(each: Sequence[str]) -> str:
+    """The most frequent answer; of equally frequent ones that which came first."""
+    return Counter(final(reply) for reply in each).most_common(1)[0][0]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    writer: Writer, asked: list[list[int]], answers: list[list[int]], at_once: int = 1 << 13
+) -> Tensor:
+    """Σ log p of the tokens of each answer behind its prompt, in float64."""
+    found = torch.zeros(len(asked), dtype=torch.float64)
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]) - len(answers[i]))
+    device = writer.model.embedding.device
+    while order:
+        width = len(asked[order[0]]) + len(answers[order[0]])
+        some, order = order[: max(1, at_once // width)], order[max(1, at_once // width) :]
+        rows = [asked[i] + answers[i] for i in some]
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        logits = writer.model.logits(writer.model(ids[:, :-1]))
+        each = F.log_softmax(logits.double(), -1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
+        for i, row, log_p in zip(some, rows, each, strict=True):
+            found[i] = log_p[len(asked[i]) - 1 : len(row) - 1].sum()
+    return found
+
+
+def chosen(
+    writer: Writer, questions: Sequence[Asked], asked: list[list[int]], per_byte: bool
+) -> list[str]:
+    """Of each question's choices the likeliest."""
+    texts = [(f"{'' if chat.knows_roles(writer.tokenizer) else ' '}{choice}", ids)
+             for q, ids in zip(questions, asked, strict=True) for choice in q.choices]  # fmt: skip
+    log_p = log_likelihoods(
+        writer, [ids for _, ids in texts], [writer.tokenizer.encode(text) for text, _ in texts]
+    )
+    if per_byte:
+        log_p /= torch.tensor([max(1, len(text.strip().encode())) for text, _ in texts])
+    best, at = [], 0
+    for q in questions:
+        scores = log_p[at : at + len(q.choices)]
+        best.append(q.choices[int(scores.argmax())])
+        at += len(q.choices)
+    return best
+
+
+# --- how sure -------------------------------------------------------------------------------------
+
+
+def bootstrap(marks: Sequence[bool], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """Where the true share lies in 95 of 100 cases (Efron 1979): questions are drawn again."""
+    x = torch.tensor(marks, dtype=torch.float64)
+    at = torch.randint(len(x), (draws, len(x)), generator=generator(seed, "bootstrap"))
+    low, high = x[at].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+class Result(NamedTuple):
+    kind: str
+    asked: int
+    right: float  # share
+    low: float
+    high: float
+    example: tuple[str, str, str]  # question, reply, right answer
+
+
+def results(questions: Sequence[Asked], said: Sequence[str], seed: int) -> list[Result]:
+    """One for each kind, in the order in which they come."""
+    found = []
+    for kind in dict.fromkeys(q.kind for q in questions):
+        pairs = [(q, r) for q, r in zip(questions, said, strict=True) if q.kind == kind]
+        marks = [right(q, r) for q, r in pairs]
+        q, r = pairs[0]
+        found.append(Result(kind, len(marks), sum(marks) / len(marks), *bootstrap(marks, seed),
+                            (q.question, r, q.answer)))  # fmt: skip
+    return found
+
+
+# --- an examination -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examine:
+    """Ask a model questions whose answers are known."""
+
+    run: str = ""  # a run's name or folder; empty: the newest
+    model: str = ""  # instead of a run: the folder of a model in Hugging Face's layout
+    tasks: tuple[str, ...] = ("copy", "reverse", "sort", "add", "count", "look up", "story")
+    levels: tuple[int, ...] = (1, 2)  # of the tasks' difficulty
+    file: str = ""  # instead of tasks: questions in .jsonl, .json or .csv (MMLU, GSM8K, …)
+    count: int = 50  # questions of each kind, at most
+    ask: Literal["exact", "choice", "choice-per-byte"] = "exact"
+    shots: int = 0  # solved examples before each question
+    think: bool = False  # ask for steps before the answer
+    votes: int = 1  # drawn answers of which the most frequent counts; 1: the likeliest
+    temperature: float = 0.7  # of drawn answers
+    tokens: int = 120  # of an answer, at most
+    seed: int = 0  # of questions, examples and draws
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        if min(self.count, self.votes, self.tokens) < 1 or self.shots < 0:
+            raise UserError("--count, --votes and --tokens must be at least 1, --shots at least 0")
+        if not self.levels or not all(1 <= n <= 20 for n in self.levels):
+            raise UserError("--levels must be numbers from 1 to 20")
+        if unknown_names := [name for name in self.tasks if name not in tasks.TASKS]:
+            raise UserError(
+                f"there is no task {unknown_names[0]!r}: choose among {', '.join(tasks.PLAIN)}"
+            )
+
+
+def examined(writer: Writer, config: Examine, side: tasks.Side = "test") -> list[Result]:
+    """The results of an examination."""
+    if config.file:
+        every = from_file(Path(config.file))
+        questions, pool = every[: config.count], every
+    else:
+        questions = from_tasks(config.tasks, config.count, side, config.seed, config.levels)
+        many = max(8, 2 * config.shots) if config.shots else 0
+        pool = from_tasks(config.tasks, many, "train", config.seed + 1, config.levels)
+    how = Manner(config.shots, config.think, chat.knows_roles(writer.tokenizer))
+    asked = prompts(writer, questions, pool, how, config.seed)
+    if config.ask != "exact":
+        if missing := [q for q in questions if not q.choices]:
+            raise UserError(f"--ask {config.ask} needs choices, and {missing[0].kind} has none")
+        said = chosen(writer, questions, asked, config.ask == "choice-per-byte")
+    elif config.votes == 1:
+        said = replies(writer, asked, Sampling(greedy=True), config.tokens, config.seed)
+    else:
+        drawn = Sampling(config.temperature, top_p=1.0)
+        each = [
+            replies(writer, asked, drawn, config.tokens, config.seed + 10**6 * vote)
+            for vote in range(config.votes)
+        ]
+        said = [voted(answers) for answers in zip(*each, strict=True)]
+    return results(questions, said, config.seed)
+
+
+def show(found: Sequence[Result]) -> str:
+    rows = []
+    for r in found:
+        example = f"{' '.join(r.example[1].split())[:44]!r} for {r.example[2]!r}"
+        surely = f"{r.low:.0%} to {r.high:.0%}"
+        rows.append((r.kind, str(r.asked), f"{r.right:.0%}", surely, example))
+    mean = sum(r.right for r in found) / len(found)
+    head = ("", "asked", "right", "surely", "for example")
+    return table(head, *rows, ("mean", "", f"{mean:.0%}", "", ""))
+
+
+def draw(found: dict[str, Sequence[Result]], path: Path, title: str) -> None:
+    """The share of right answers by kind, for each examination a bar, with its interval."""
+    colors = ("#9db7d5", "#1f4e8c", "#b5892e", "#2a7f62")
+    kinds = [r.kind for r in next(iter(found.values()))]
+    width = 0.8 / len(found)
+    with picture(path, size=(2 + 0.7 * len(kinds), 4.5)) as (axes,):
+        for i, (name, each) in enumerate(found.items()):
+            x = [k + (i - (len(found) - 1) / 2) * width for k in range(len(kinds))]
+            y = [100 * r.right for r in each]
+            below = [100 * (r.right - r.low) for r in each]
+            far = [below, [100 * (r.high - r.right) for r in each]]
+            axes.bar(x, y, width, yerr=far, capsize=2, color=colors[i % 4], label=name)
+        axes.set(xticks=range(len(kinds)), ylim=(0, 105), ylabel="right answers, %", title=title)
+        axes.set_xticklabels(kinds, rotation=30, ha="right")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.05), ncol=len(found))
+
+
+def writer_of(run: str, model: str, device: str) -> Writer:
+    where = pick_device(device)
+    return load_folder(Path(model), where) if model else load(Run.open(run), where)
+
+
+def script() -> None:
+    config = tyro.cli(Examine, description=__doc__.split("\n")[0])
+    writer = writer_of(config.run, config.model, config.device)
+    found = examined(writer, config)
+    print(show(found))
+    folder = RUNS if config.model else Run.open(config.run).folder
+    write_json(folder / "examination.json", {
+        "settings": asdict(config), "results": [r._asdict() for r in found]
+    })  # fmt: skip
+    draw({"": found}, folder / "examination.png", "An examination")
+    print(f"\nnumbers: {folder / 'examination.json'}\npicture: {folder / 'examination.png'}")
+
+
+if __name__ == "__main__":
+    main(script)

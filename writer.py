@@ -1,0 +1,113 @@
+"""A model that writes, with its tokenizer: from a run, or from a folder in Hugging Face's layout.
+
+Idea: whoever asks a model must know how a text begins for it and what ends one, which tokens stand
+for nothing, and that weights, settings and tokenizer belong together.
+
+Run: python -m pytest tests/test_generate.py tests/test_families.py
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chat import END as END_OF_TURN
+from heads import load_heads
+from model import NORMS, ModelConfig, Transformer, assembled, fill
+from model_files import Weights, special_ids
+from run import Run, UserError, read_json, settings
+from tokenizer import load as read_tokenizer
+from vocabulary import END_OF_TEXT, Tokenizer
+
+
+def load_weights(model: Transformer, path: Path) -> None:
+    """Fill a model from model.safetensors; UserError if names or shapes are others."""
+    fill(model, Weights([path]))
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """UserError if it is damaged, or has ids that a model of vocab_size tokens does not know."""
+    try:
+        tokenizer = read_tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens but the model knows {vocab_size}: "
+            "this is not its tokenizer"
+        )
+    return tokenizer
+
+
+class Writer(NamedTuple):
+    """A model, and how texts become ids that it knows."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    begin: list[int]  # what stands before every text
+    stop: set[int]  # what ends one
+    close: Sequence[int] = ()  # what stands behind a text that an encoder reads
+    answer: Sequence[int] = ()  # what a text begins with that answers another, in an encdec
+    whole: bool = False  # a prompt was seen whole in training
+    head: Callable[[Tensor], Tensor] | None = None  # of an encoder: hidden states to scores
+
+
+def load(run: Run, device: torch.device) -> Writer:
+    """A run's newest whole checkpoint, and the tokenizer that it was trained with."""
+    where = f"{run.folder}/config.json"
+    config = settings(ModelConfig, run.config().get("model"), where, "model.")
+    newest = run.newest()
+    tokenizer = load_tokenizer(run.folder, config.vocab_size)
+    trained = read_json(newest / "train_state.json")
+    if not str(trained.get("text")).startswith(f"{tokenizer.fingerprint}-"):
+        raise UserError(f"the tokenizer in {run.folder} is not the one that it was trained with")
+    kept = trained.get("settings", {"model": asdict(config)})  # older runs have none
+    shape = kept.get("model") if isinstance(kept, dict) else kept
+    if settings(ModelConfig, shape, f"{newest}/train_state.json", "model.") != config:
+        raise UserError(f"the model of {where} is not the one that {newest} was trained with")
+    model = assembled(config, Weights([newest / "model.safetensors"]))
+    model, end = model.to(device).eval(), tokenizer.end_of_text
+    whole = run.config().get("objective", "causal") not in ("causal", "chat")
+    stop = {end} | {tokenizer.special[t] for t in (END_OF_TURN,) if t in tokenizer.special}
+    return Writer(model, tokenizer, [end], stop, [], [end], whole, model.logits)
+
+
+def load_folder(folder: Path, device: torch.device) -> Writer:
+    """The model of a Hugging Face folder, such as GPT-2, T5 or BERT, with its tokenizer.
+
+    What begins and what ends a text, config.json says, or else the tokenizer's end of text. BERT's
+    texts stand between [CLS] and [SEP], T5's before </s>.
+    """
+    model = Transformer.load(folder).to(device).eval()
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    end = {id for text, id in tokenizer.special.items() if text == END_OF_TEXT}
+    begin, stop, answer = (ids & tokenizer.known_ids for ids in special_ids(folder))
+    match model.config.arch:
+        case "decoder":
+            return Writer(model, tokenizer, sorted(begin or end), stop or end)
+        case "encdec":
+            answer = sorted(answer or begin or end)
+            return Writer(model, tokenizer, [], stop or end, sorted(stop or end), answer)
+    around = ([tokenizer.special[t]] if t in tokenizer.special else [] for t in ("[CLS]", "[SEP]"))
+    heads = load_heads(folder).to(device)
+    if "masked" not in heads:
+        raise UserError(f"{folder} has no head that says which token was masked")
+    head = partial(heads["masked"], embedding=model.embedding)
+    return Writer(model, tokenizer, next(around), set(), next(around), head=head)
+
+
+def cast(model: Transformer, dtype: torch.dtype) -> None:
+    """Matrices and biases in dtype, once instead of for every token; norms stay in fp32."""
+    for module in model.modules():
+        if not isinstance(module, tuple(NORMS.values())):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(dtype)
+
+
+def unknown(writer: Writer) -> list[int]:
+    """Rows of the embedding that stand for no token."""
+    return sorted({*range(writer.model.config.vocab_size)} - writer.tokenizer.known_ids)
