@@ -140,7 +140,7 @@ class State:
             case "give":
                 self.holder = who["b"]
             case "hide":
-                self.holder, self.box, self.box_place = "", who["box"], self.place[who["a"]]
+                self.holder, self.box, self.box_place = "", who["box"], self.place.get(who["a"], "")
             case "take":
                 self.holder = who["a"]
             case "end with" | "end in":
