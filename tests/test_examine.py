@@ -1,0 +1,176 @@
+"""Examinations: log-likelihoods are those of `transformers`, and nothing depends on batches."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import chat
+import examine
+from bpe import BPE
+from examine import Asked, Examine, Manner, bootstrap, chosen, examined, log_likelihoods, prompts
+from generate import Sampling, generate
+from model import ModelConfig, Transformer
+from run import UserError
+from vocabulary import END_OF_TEXT
+from writer import Writer
+
+TOKENIZER = BPE.bytes((END_OF_TEXT,))
+CONFIG = ModelConfig(dim=24, layers=2, heads=2, context=512, vocab_size=264, qk_norm=False)
+
+
+def writer(talks: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> Writer:
+    tokenizer = chat.with_roles(TOKENIZER) if talks else TOKENIZER
+    model = Transformer(CONFIG, seed).to(dtype).eval()
+    stop = {tokenizer.end_of_text} | ({tokenizer.special[chat.END]} if talks else set())
+    return Writer(model, tokenizer, [tokenizer.end_of_text], stop)
+
+
+ids = st.lists(st.integers(0, 255), min_size=1, max_size=30)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=9), st.integers(1, 400))
+def test_log_likelihoods_do_not_depend_on_what_stands_beside(pairs, at_once):
+    asked, answers = [[256, *a] for a, _ in pairs], [b for _, b in pairs]
+    one = writer(dtype=torch.float64)
+    together = log_likelihoods(one, asked, answers, at_once)
+    for a, b, found in zip(asked, answers, together, strict=True):
+        alone = log_likelihoods(one, [a], [b])
+        assert (alone - found).abs() < 1e-11
+        log_p = one.model.logits(one.model(torch.tensor([a + b]))).log_softmax(-1)[0]
+        by_hand = sum(log_p[len(a) - 1 + i, token] for i, token in enumerate(b))
+        assert (by_hand - found).abs() < 1e-11
+
+
+def test_log_likelihoods_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    one = writer()
+    one.model.save(tmp_path / "model", end=256)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path / "model", dtype=torch.float32).eval()
+    rng = random.Random(0)
+    pairs = [([256, *rng.choices(range(256), k=rng.randint(1, 40))],
+              rng.choices(range(256), k=rng.randint(1, 20))) for _ in range(20)]  # fmt: skip
+    found = log_likelihoods(one, [a for a, _ in pairs], [b for _, b in pairs])
+    for (a, b), ours in zip(pairs, found, strict=True):
+        with torch.no_grad():
+            log_p = theirs(torch.tensor([a + b])).logits.double().log_softmax(-1)[0]
+        right = sum(log_p[len(a) - 1 + i, token] for i, token in enumerate(b))
+        assert abs(ours - right) < 1e-5 * len(b)
+
+
+def test_answers_do_not_depend_on_what_stands_beside():
+    one, rng = writer(talks=True), random.Random(0)
+    asked = [[256, *rng.choices(range(256), k=rng.randint(1, 60))] for _ in range(90)]
+    greedy = Sampling(greedy=True)
+    together = examine.replies(one, asked, greedy, 12, 0)
+    for prompt, said in zip(asked[::9], together[::9], strict=True):
+        steps = generate(one.model, [prompt], 12, greedy, one.stop, 0, examine.unknown(one))
+        alone = [t for (t,) in steps if t is not None and t not in one.stop]
+        assert said == one.tokenizer.decode(alone)
+
+
+QUESTIONS = [Asked("k", f"q{i}", "yes" if i % 3 else "no", f"hm. So the answer is {i}.", ("yes", "no"))
+             for i in range(12)]  # fmt: skip
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_the_likeliest_choice_is_taken(talks):
+    one = writer(talks)
+    asked = prompts(one, QUESTIONS, [], Manner(chat=talks), 0)
+    for per_byte in (False, True):
+        said = chosen(one, QUESTIONS, asked, per_byte)
+        for q, prompt, best in zip(QUESTIONS, asked, said, strict=True):
+            scores = []
+            for choice in q.choices:
+                text = choice if talks else f" {choice}"
+                (score,) = log_likelihoods(one, [prompt], [one.tokenizer.encode(text)])
+                scores.append(score / (len(choice) if per_byte else 1))
+            assert best == q.choices[int(torch.stack(scores).argmax())]
+
+
+def test_examples_stand_before_the_question_and_are_drawn_by_the_seed():
+    one = writer()
+    how = Manner(shots=3)
+    some, same, others = (prompts(one, QUESTIONS, QUESTIONS, how, seed) for seed in (0, 0, 1))
+    assert some == same and some != others
+    for q, prompt in zip(QUESTIONS, some, strict=True):
+        text = one.tokenizer.decode(prompt[1:])
+        assert text.count("Question:") == 4 and text.endswith(f"Question: {q.question}\nAnswer:")
+        assert text.count(f"Question: {q.question}\n") == 1
+    thinking = prompts(one, QUESTIONS[:1], QUESTIONS, Manner(2, think=True), 0)[0]
+    text = one.tokenizer.decode(thinking[1:])
+    assert text.count("step by step") == 3 and text.count("So the answer is") == 2
+    talk = prompts(writer(talks=True), QUESTIONS[:1], QUESTIONS, Manner(2, chat=True), 0)[0]
+    assert sum(i >= 257 for i in talk) == 2 * 5 + 1
+
+
+def test_what_cannot_be_asked_is_told():
+    one = writer()
+    with pytest.raises(UserError, match="more than the 11 examples of k"):
+        prompts(one, QUESTIONS, QUESTIONS, Manner(shots=12), 0)
+    with pytest.raises(UserError, match="take fewer --shots"):
+        prompts(one, [Asked("k", "x" * 600, "y")], [], Manner(), 0)
+    with pytest.raises(UserError, match="no task 'dance'"):
+        Examine(tasks=("dance",))
+    with pytest.raises(UserError, match="add has none"):
+        examined(one, Examine(tasks=("add",), count=1, ask="choice"))
+    with pytest.raises(UserError, match="at least 1"):
+        Examine(votes=0)
+
+
+@pytest.mark.parametrize("marks", [[True] * 30, [False] * 30, [True, False] * 40])
+def test_the_interval_holds_the_share(marks):
+    low, high = bootstrap(marks)
+    assert low <= sum(marks) / len(marks) <= high
+    assert (low == high) == (len({*marks}) == 1)
+
+
+def test_the_interval_holds_the_truth_in_about_95_of_100_cases():
+    rng, held = random.Random(0), 0
+    for n in range(300):
+        low, high = bootstrap([rng.random() < 0.3 for _ in range(80)], n, draws=500)
+        held += low <= 0.3 <= high
+    assert 0.89 <= held / 300 <= 0.99
+
+
+def test_the_most_frequent_answer_counts():
+    assert examine.voted(["1", "So the answer is 2.", "2", "3"]) == "2"
+    assert examine.voted(["4", "5"]) == "4"
+
+
+def test_questions_come_from_files(tmp_path):
+    path = tmp_path / "gsm.jsonl"
+    path.write_text(json.dumps({"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}) + "\n")
+    (found,) = examine.from_file(path)
+    assert (found.kind, found.answer, found.choices) == ("gsm", "5", ())
+    assert found.worked.endswith("So the answer is 5.")
+    table = tmp_path / "history.csv"
+    table.write_text('"Who, when?",Ann,Ben,Cleo,Dan,B\n')
+    (found,) = examine.from_file(table)
+    assert found.answer == "B" and found.choices == tuple("ABCD") and "B. Ben" in found.question
+    one = replace_tokens(writer())
+    results = examined(one, Examine(file=str(table), ask="choice"))
+    assert [(r.kind, r.asked) for r in results] == [("history", 1)]
+    table.write_text("a,b\n")
+    with pytest.raises(UserError, match=r"history.csv:1 is not a question"):
+        examine.from_file(table)
+
+
+def replace_tokens(one: Writer) -> Writer:
+    return one._replace(model=Transformer(replace(CONFIG, vocab_size=300), 1).eval())
+
+
+@pytest.mark.parametrize("more", [{}, {"shots": 1}, {"think": True, "votes": 3}])
+def test_an_examination_can_be_held_again(more):
+    one = writer(talks=True)
+    how = Examine(tasks=("copy", "add"), levels=(1,), count=6, tokens=8, **more)
+    first, again = examined(one, how), examined(one, how)
+    assert first == again and [r.kind for r in first] == ["copy", "add"]
+    assert all(r.asked == 6 and 0 <= r.low <= r.right <= r.high <= 1 for r in first)
+    assert "copy" in examine.show(first)
