@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_what_stands_beside():
         assert said == one.tokenizer.decode(alone)
 
 
-QUESTIONS = [Asked("k", f"q{i}", "yes" if i % 3 else "no", f"hm. So the answer is {i}.", ("yes", "no"))
+QUESTIONS = [Asked("k", f"q{i}", "no" if i % 3 else "yes", f"So the answer is {i}.", ("yes", "no"))
              for i in range(12)]  # fmt: skip
 
 

@@ -1,0 +1,358 @@
+"""What language models can do that nobody taught them in so many words, shown on small ones.
+
+Idea: three claims of the field, each made so small that it can be seen happening, and each answer
+so plain that it can be checked.
+
+    shots     In-context learning: a model sees a few pairs of a mapping that it has never met, and
+              continues it. By number of pairs, by size of the model, and by training step: the
+              loss falls smoothly, and what it is asked for comes all at once.
+    thought   Chain of thought: one and the same model, asked for a sum at once, step by step, and
+              several times with a vote.
+    tuning    Instruction tuning: pairs of operations in words that no lesson had, by the number of
+              tasks that were taught; against the base model with four examples.
+
+Run: python emergence.py shots          two minutes
+     python emergence.py thought        some minutes
+     python emergence.py tuning         a quarter of an hour
+     python emergence.py thought --seeds 5
+
+Papers: Brown et al. 2020 (arXiv 2005.14165); Olsson et al. 2022, induction heads (arXiv
+2209.11895); Wei et al. 2022, chain of thought (arXiv 2201.11903) and FLAN (arXiv 2109.01652); Wang
+et al. 2023 (arXiv 2203.11171); Schaeffer et al. 2023, on jumps (arXiv 2304.15004).
+
+Letters: B rows · T tokens of a row · n symbols.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import examine
+import tasks
+from align import Sft, base_run, before_tuning, examination, lessons_file, start
+from evaluate import interval
+from examine import Examine, examined, writer_of
+from instruct import Lessons
+from kernels.cross_entropy import IGNORE
+from model import ModelConfig, Transformer
+from objectives import Batch
+from optim import OptimConfig, build, learning_rate
+from run import RUNS, UserError, generator, main, picture, table
+from step import pick_device, to, update
+
+COLORS = ("#9db7d5", "#5b8bc9", "#1f4e8c", "#0d2240", "#b5892e", "#2a7f62")
+
+
+def with_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and half of its interval, 0 where one seed cannot say."""
+    middle, half = interval(list(values))
+    return middle, half if half < 10 else 0.0
+
+
+# --- in-context learning --------------------------------------------------------------------------
+
+SYMBOLS, ANSWERS, PAIRS = 8, 26, 17  # what is mapped, to what; pairs in a row, the last asked
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Learn to continue mappings, and be asked for mappings never seen."""
+
+    sizes: tuple[str, ...] = ("1x64", "2x16", "2x32", "2x64")  # blocks x width
+    steps: int = 1500  # updates of each model
+    batch: int = 32  # rows of 17 pairs
+    lr: float = 0.01
+    seeds: int = 1  # models of each size
+    asked: int = 1000  # rows of the examination
+    every: int = 50  # updates between examinations
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        if min(self.steps, self.batch, self.seeds, self.asked, self.every) < 1:
+            raise UserError("all numbers must be at least 1")
+        for size in self.sizes:
+            shape_of(size)
+
+
+def shape_of(size: str) -> ModelConfig:
+    """2x64: two blocks, 64 wide."""
+    layers, x, dim = size.partition("x")
+    if not (x and layers.isdecimal() and dim.isdecimal() and int(layers) and int(dim) % 8 == 0):
+        raise UserError(f"--sizes {size!r} must be blocks x width, such as 2x64")
+    return ModelConfig(
+        dim=int(dim), layers=int(layers), heads=max(1, int(dim) // 16), context=2 * PAIRS,
+        vocab_size=SYMBOLS + ANSWERS,
+    )  # fmt: skip
+
+
+def mappings(count: int, rng: torch.Generator, side: tasks.Side) -> Tensor:
+    """Random mappings (count n) of symbols to answers, all of one side."""
+    found: list[list[int]] = []
+    while len(found) < count:
+        some = torch.randint(ANSWERS, (count, SYMBOLS), generator=rng).tolist()
+        found += [one for one in some if tasks.side(f"mapping {one}") == side]
+    return torch.tensor(found[:count])
+
+
+def rows(count: int, seed: int, number: int, side: tasks.Side) -> Batch:
+    """x₁ f(x₁) x₂ f(x₂) …, a mapping a row; asked for is each f(x)."""
+    rng = generator(seed, f"mappings {side}", number)
+    maps = mappings(count, rng, side)
+    x = torch.randint(SYMBOLS, (count, PAIRS), generator=rng)
+    ids = torch.stack([x, SYMBOLS + maps.gather(1, x)], -1).flatten(1)
+    targets = torch.full_like(ids, IGNORE)
+    targets[:, ::2] = ids[:, 1::2]
+    return Batch(ids, targets, torch.zeros_like(ids))
+
+
+@torch.no_grad()
+def by_shots(model: Transformer, batch: Batch) -> tuple[list[float], float]:
+    """Share of right answers behind 0, 1, 2, … pairs, and the mean loss in nats."""
+    logits = model.logits(model(batch.inputs))[:, ::2]
+    answers = batch.targets[:, ::2]
+    log_p = logits.log_softmax(-1).gather(-1, answers[..., None])
+    return (logits.argmax(-1) == answers).double().mean(0).tolist(), -log_p.mean().item()
+
+
+class Learned(NamedTuple):
+    """A model's way, examined every few steps."""
+
+    steps: list[int]
+    right: list[list[float]]  # by shots
+    loss: list[float]
+
+
+def learn_mappings(config: Shots, size: str, seed: int, bar: tqdm) -> Learned:
+    device = pick_device(config.device)
+    model = Transformer(shape_of(size), seed).to(device)
+    how = OptimConfig(lr=config.lr)
+    optimizer = build(model.named_parameters(), how)
+    exam = to(rows(config.asked, seed, 0, "test"), device)
+    found = Learned([], [], [])
+    for step in range(config.steps + 1):
+        if step % config.every == 0 or step == config.steps:
+            right, loss = by_shots(model, exam)
+            for kept, new in zip(found, (step, right, loss), strict=True):
+                kept.append(new)
+        if step < config.steps:
+            lr = learning_rate(how, step, config.steps)
+            update(model, [to(rows(config.batch, seed, step, "train"), device)], optimizer, lr, how)
+            bar.update()
+    return found
+
+
+def best_possible(shots: int) -> float:
+    """The symbol was among the pairs, or else one guesses: 1 − (1 − 1/26)(7/8)^shots."""
+    return 1 - (1 - 1 / ANSWERS) * (1 - 1 / SYMBOLS) ** shots
+
+
+def of_shots(config: Shots) -> None:
+    total = len(config.sizes) * config.seeds * config.steps
+    with tqdm(total=total, unit="step", leave=False, disable=None) as bar:
+        found = {
+            size: [learn_mappings(config, size, seed, bar) for seed in range(config.seeds)]
+            for size in config.sizes
+        }
+    marks = (0, 1, 2, 4, 8, 16)
+    lines = []
+    for size, runs in found.items():
+        each = [with_interval([run.right[-1][k] for run in runs]) for k in marks]
+        lines.append((size, *(in_percent(*x) for x in each)))
+    lines.append(("best possible", *(f"{best_possible(k):.0%}" for k in marks)))
+    head = ("right answers after pairs", *(str(k) for k in marks))
+    print(f"{SYMBOLS} symbols, {ANSWERS} answers, mappings that no training row had\n")
+    print(table(head, *lines))
+    draw_shots(found, path := RUNS / "shots.png")
+    print(f"\npicture: {path}")
+
+
+def in_percent(middle: float, half: float) -> str:
+    return f"{middle:.0%}" + (f" ± {100 * half:.0f}" if half else "")
+
+
+def draw_shots(found: dict[str, list[Learned]], path: Path) -> None:
+    """Left by number of pairs, right by training step, with the loss of the last size."""
+    with picture(path, 2, (12, 4.8)) as (left, right):
+        shots = range(PAIRS)
+        for (size, runs), color in zip(found.items(), COLORS, strict=False):
+            each = [with_interval([r.right[-1][k] for r in runs]) for k in shots]
+            y, far = zip(*each, strict=True)
+            left.errorbar(shots, [100 * v for v in y], [100 * v for v in far], fmt="o-", capsize=2,
+                          markersize=4, color=color, label=size)  # fmt: skip
+            for run in runs:
+                said = f"{size}, right after 8 pairs" if run is runs[0] else None
+                y = [100 * r[8] for r in run.right]
+                right.plot(run.steps, y, color=color, label=said)
+        left.plot(shots, [100 * best_possible(k) for k in shots], "--", color="#777777",
+                  label="best possible")  # fmt: skip
+        left.set(title="Mappings never seen, by examples in the context", xlabel="pairs before",
+                 ylabel="right answers, %")  # fmt: skip
+        left.legend(frameon=False)
+        *_, runs = found.values()
+        loss = right.twinx()
+        loss.plot(runs[0].steps, runs[0].loss, ":", color="#c8442d")
+        loss.set_ylabel("nats per answer (dotted, the last size)", color="#c8442d")
+        loss.grid(visible=False)
+        right.set(title="The same, by training step", xlabel="step", ylabel="right answers, %")
+        right.legend(frameon=False, loc="upper left")
+
+
+# --- chain of thought -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Learn sums, half of them with their steps, and be asked in three ways."""
+
+    digits: tuple[int, ...] = (1, 2, 3, 4)  # of the numbers to add
+    steps: int = 1200  # updates
+    seeds: int = 1  # models
+    asked: int = 100  # sums of each length
+    votes: int = 9  # answers drawn for a vote
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        if min(self.steps, self.seeds, self.asked, self.votes) < 1:
+            raise UserError("--steps, --seeds, --asked and --votes must be at least 1")
+
+
+WAYS = {"at once": {}, "step by step": {"think": True}, "by vote": {"think": True, "votes": 0}}
+
+
+def taught(config: Thought, seed: int) -> str:
+    """A run that has learnt sums; the one from before, if it is there."""
+    name = f"thought-{config.steps}-{seed}"
+    if not (RUNS / name / "loss.png").is_file():
+        lessons = Lessons(("add",), config.digits, 20_000, turns=1, seed=seed)
+        start("train.py", "--name", name, "--objective", "chat", "--data.form", "chat",
+              "--data.path", str(lessons_file(lessons)), "--tokenizer.vocab-size", "320",
+              "--model.dim", "96", "--model.layers", "3", "--batch", "16",
+              "--steps", str(config.steps), "--seed", str(seed), "--device", config.device,
+              "--evaluate-every", "400")  # fmt: skip
+    return name
+
+
+def of_thought(config: Thought) -> None:
+    found: dict[str, list[list[examine.Result]]] = {way: [] for way in WAYS}
+    for seed in range(config.seeds):
+        writer = writer_of(taught(config, seed), "", config.device)
+        for way, how in WAYS.items():
+            how = {**how, "votes": config.votes} if "votes" in how else how
+            found[way].append([
+                examined(writer, Examine(tasks=("add",), levels=(n,), count=config.asked, seed=seed,
+                                         tokens=160, **how))[0]
+                for n in config.digits
+            ])  # fmt: skip
+    shares = {
+        way: [with_interval([r[i].right for r in runs]) for i in range(len(config.digits))]
+        for way, runs in found.items()
+    }
+    head = ("right answers, by digits", *map(str, config.digits))
+    lines = ((way, *(in_percent(*x) for x in each)) for way, each in shares.items())
+    print("\n" + table(head, *lines))
+    draw_ways(config.digits, shares, path := RUNS / "thought.png")
+    print(f"\npicture: {path}")
+
+
+def draw_ways(digits: Sequence[int], shares: dict, path: Path) -> None:
+    with picture(path) as (axes,):
+        for (way, each), color in zip(shares.items(), COLORS[::2], strict=False):
+            y, far = ([100 * x[i] for x in each] for i in (0, 1))
+            axes.errorbar(digits, y, far, fmt="o-", capsize=3, color=color, label=way)
+        axes.set(title="One model, asked in three ways", xlabel="digits of the numbers to add",
+                 ylabel="right answers, %", xticks=digits, ylim=(0, 105))  # fmt: skip
+        axes.legend(frameon=False)
+
+
+# --- instruction tuning ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Tune one base on few tasks and on many, and ask for what no lesson had."""
+
+    counts: tuple[int, ...] = (4, 10, 20, 40)  # tasks in the lessons
+    steps: int = 600  # updates of each tuning
+    seeds: int = 1
+    asked: int = 40  # questions of each task
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        if min(self.steps, self.seeds, self.asked, *self.counts) < 1:
+            raise UserError("all numbers must be at least 1")
+        if max(self.counts) > len(Lessons().names):
+            raise UserError(f"there are {len(Lessons().names)} tasks to learn from")
+
+
+def curriculum(count: int, seed: int) -> tuple[str, ...]:
+    """So many tasks; of a larger number the smaller one's are a part."""
+    names = list(Lessons().names)
+    random.Random(generator(seed, "curriculum").initial_seed()).shuffle(names)
+    return tuple(names[:count])
+
+
+def tuned(config: Tuning, base: str, count: int, seed: int) -> str:
+    name = f"tuning-{count}-{config.steps}-{seed}"
+    if not (RUNS / name / "loss.png").is_file():
+        lessons = lessons_file(Lessons(curriculum(count, seed), seed=seed))
+        start("train.py", "--base", base, "--name", name, "--objective", "chat", "--data.form",
+              "chat", "--data.path", str(lessons), "--steps", str(config.steps), "--batch", "16",
+              "--seed", str(seed), "--device", config.device)  # fmt: skip
+    return name
+
+
+def of_tuning(config: Tuning) -> None:
+    base = base_run("")
+    found: dict[str, list[float]] = {}
+    for seed in range(config.seeds):
+        how = Sft(asked=config.asked, seed=seed, device=config.device)
+        for name, each in before_tuning(how, base).items():
+            found.setdefault(name, []).append(each[-1].right)
+        for count in config.counts:
+            each = examination(how, tuned(config, base, count, seed), 0)
+            found.setdefault(f"{count} tasks", []).append(each[-1].right)
+    shares = {name: with_interval(values) for name, values in found.items()}
+    print("\n" + table(("pairs of operations that no lesson had", "right"),
+                       *((name, in_percent(*x)) for name, x in shares.items())))  # fmt: skip
+    path = RUNS / "tuning.png"
+    with picture(path) as (axes,):
+        y, far = ([100 * x[i] for x in shares.values()] for i in (0, 1))
+        colors = ["#9db7d5" if name.startswith("base") else "#1f4e8c" for name in shares]
+        axes.bar(range(len(y)), y, yerr=far, capsize=3, color=colors)
+        axes.set(xticks=range(len(y)), ylim=(0, 105), ylabel="right answers, %",
+                 title="Pairs of operations that no lesson had")  # fmt: skip
+        axes.set_xticklabels(list(shares), rotation=20, ha="right")
+    print(f"\npicture: {path}")
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+SHOWS = {
+    "shots": (Shots, of_shots),
+    "thought": (Thought, of_thought),
+    "tuning": (Tuning, of_tuning),
+}
+
+
+def script() -> None:
+    """Without arguments: shots, with fewer steps."""
+    what, *arguments = sys.argv[1:] or ["shots", "--steps", "600", "--sizes", "1x64", "2x64"]
+    if what in ("-h", "--help"):
+        return print(__doc__)
+    if what not in SHOWS:
+        raise UserError(f"there is no {what}: choose among {', '.join(SHOWS)}")
+    kind, show = SHOWS[what]
+    show(tyro.cli(kind, prog=f"emergence.py {what}", args=arguments,
+                  description=kind.__doc__.split("\n")[0]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(script)
