@@ -241,16 +241,21 @@ def clean(store: Store, recipe: str) -> tuple[Store, list[Step]]:
     """The store that the steps of a recipe leave, and what they did; the given one is removed."""
     steps = []
     for name, changes in RECIPES[recipe].items():
-        left, step = Store(store.path.with_name(name)), Step(name)
-        bar = tqdm(store, name, leave=False, disable=None, unit="doc")
-        for item, (text, reasons) in zip(bar, changes(store.texts), strict=True):
-            document = item.document
-            for reason, (times, example) in reasons.items():
-                step.drop(reason, document.source, example, times)
-            if text is not None and text.strip():
-                step.keep(text)
-                left.append(item._replace(document=document._replace(text=text)))
-        store.remove()
-        store = left
+        store, step = one_step(store, name, changes)
         steps.append(step)
     return store, steps
+
+
+def one_step(store: Store, name: str, changes: Changes) -> tuple[Store, Step]:
+    """What a step leaves of a store, which is removed, and what it did."""
+    left, step = Store(store.path.with_name(name)), Step(name)
+    bar = tqdm(store, name, leave=False, disable=None, unit="doc")
+    for item, (text, reasons) in zip(bar, changes(store.texts), strict=True):
+        document = item.document
+        for reason, (times, example) in reasons.items():
+            step.drop(reason, document.source, example, times)
+        if text is not None and text.strip():
+            step.keep(text)
+            left.append(item._replace(document=document._replace(text=text)))
+    store.remove()
+    return left, step

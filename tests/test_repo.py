@@ -47,7 +47,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "unigram_learning"],
     ["clean", "unigram"],
     ["tokenizer"],
-    ["data"],
+    ["data", "planted"],
     ["model"],
     ["step", "heads", "split"],
     ["scaling", "lora", "quant", "recompute", "zero"],
@@ -56,6 +56,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["examine", "evaluate", "parallel", "training"],
     ["dry_run", "parallel_training"],
     ["train", "align", "bench"],
+    ["emergence"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
 
@@ -71,6 +72,13 @@ TINY = {
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
     "plan.py": "",
+    "world.py": "",
+    "tasks.py": "",
+    "planted.py": "--count 30",
+    "instruct.py": "--count 20",
+    "examine.py": "--run book --count 1 --tokens 4 --tasks copy",
+    "align.py": "",
+    "emergence.py": "shots --steps 2 --asked 10",
     "parallel.py": "certificate --ranks 1 --steps 1",
     "parallel.py certificate": "--ranks 1 --steps 1",
     "parallel.py plan": "",

@@ -1,0 +1,35 @@
+"""What is planted is there, and is found by its step."""
+
+import re
+
+import pytest
+
+from planted import FAULTS, cleaned, documents, luhn
+from redact import find
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_step_finds_what_was_planted_for_it(tmp_path, seed):
+    planted = documents(300, 0.1, seed)
+    assert {one.fault for one in planted} == {"", *FAULTS}
+    found = {f.fault: f for f in cleaned(planted, tmp_path)}
+    assert found.keys() == FAULTS.keys()
+    for fault, (_, step) in FAULTS.items():
+        assert found[fault].step == step and found[fault].planted >= 20
+        assert found[fault].recall >= 0.95, found[fault]
+        assert found[fault].precision >= (0.7 if fault == "no prose" else 0.95), found[fault]
+
+
+def test_what_is_planted_as_private_looks_so():
+    for one in documents(100, 0.2, 0):
+        for mark in one.marks if one.fault == "private" else ():
+            assert mark in one.text
+            assert any(one.text[s.start : s.end] == mark for s in find(one.text)), mark
+
+
+def test_a_card_s_number_is_valid():
+    for digits in ("411111000000000", "411111123456789"):
+        number = re.sub(" ", "", luhn(digits))
+        assert number[:-1] == digits
+        doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(number))]
+        assert sum(n - 9 * (n > 9) for n in doubled) % 10 == 0
