@@ -187,7 +187,7 @@ def count(
         gone = before.keys() - after.keys()
         right = sum(bool(planted[n].fault) and not planted[n].marks for n in gone)
         return Found(step, fault, len(own), len(own & gone), right, len(gone))
-    there = [(n, mark) for n in own for mark in planted[n].marks if mark in before[n]]
+    there = [(n, mark) for n in sorted(own) for mark in planted[n].marks if mark in before[n]]
     if step == "repeated lines":  # the first of each stays
         lines = [mark for _, mark in there]
         there = [pair for i, pair in enumerate(there) if pair[1] in lines[:i]]

@@ -141,11 +141,8 @@ class Shards:
 
     def before_step(self) -> None:
         """Show the optimizer the gradients of the shards."""
-        for p, s in self.of.items():
-            if self.stage == 1:
-                s.grad = p.grad.view(-1)[s.place.first : s.place.last]
-            elif s.grad is None:
-                s.grad = torch.zeros_like(s)
+        for p, s in self.of.items() if self.stage == 1 else ():
+            s.grad = p.grad.view(-1)[s.place.first : s.place.last]
 
     def after_step(self) -> None:
         """Let all have the weights again that all hold."""
