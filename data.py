@@ -92,8 +92,6 @@ class DataConfig:
             raise UserError(f"--data.temperature {self.temperature} must be above 0")
         if self.source == "world" and (self.path or self.mix or self.form == "chat"):
             raise UserError("--data.source world needs no --data.path, --data.mix or --data.form")
-        if self.form == "chat" and not (self.path or self.mix):
-            raise UserError("--data.form chat needs a --data.path with conversations")
         if self.mix and self.path:
             raise UserError("--data.path and --data.mix both name the text: give one of them")
         sources_of(self)
@@ -259,6 +257,8 @@ def prepare(
     special: the texts that one trained here has as special tokens, beside those of its kind; most:
     tokens of a conversation, of which more are cut away.
     """
+    if config.form == "chat" and not (config.path or config.mix):
+        raise UserError("--data.form chat needs a --data.path with conversations")
     how = [asdict(cutting), special] if tokenizer is None else tokenizer.fingerprint
     how = [how, most] if config.form == "chat" else how
     marks = json.dumps([identity(config), how]).encode()

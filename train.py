@@ -386,7 +386,10 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
             + dry_run.in_words(dry_run.forecast(config, corpus), config)
         )
         return
-    training = begin(config, corpus, world)  # before the folder: what cannot be leaves nothing
+    saved = run is not None and run.checkpoints()  # then the base need not be there any more
+    # before the folder: what cannot be leaves nothing
+    training = begin(replace(config, base="") if saved else config, corpus, world)
+    training.config = config
     if run is None:
         run = shared(world, lambda: Run.create(config.name, config))
     else:

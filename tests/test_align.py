@@ -1,0 +1,217 @@
+"""Tuning: a run begins with another's weights, learns from conversations, and can be talked to."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from test_train import end_of, run
+
+import align
+import chat
+import examine
+import generate
+import train
+from data import DataConfig, TokenizerConfig, prepare
+from instruct import Lessons, balanced, lessons, rouge_l, shares, write
+from kernels.cross_entropy import IGNORE
+from mesh import Group
+from run import RUNS, Run, UserError, load_tensors
+from training import base_of
+from writer import load
+
+SMALL = ["--model.dim", "16", "--model.layers", "2", "--model.heads", "2", "--model.context", "512"]
+TINY = ["--batch", "4", "--save-every", "2", "--evaluate-every", "4", "--device", "cpu",
+        "--dtype", "float32"]  # fmt: skip
+CHAT = ["--base", "base", "--objective", "chat", "--data.form", "chat", "--data.path", "talk.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a base run and conversations."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write(list(lessons(Lessons(("copy", "add"), (1,), 60))), Path("talk.jsonl"))
+        base = ["--data.mix", "stories=world:60", "facts=facts:60", "--name", "base"]
+        small = ["--steps", "4", "--tokenizer.vocab-size", "300"]
+        assert run("train.py", *base, *SMALL, *TINY, *small)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def tune(*arguments):
+    return run("train.py", *CHAT, *TINY, *arguments)
+
+
+def test_a_run_begins_with_the_weights_and_the_tokenizer_of_its_base(folder):
+    status, out, err = tune("--name", "tuned", "--steps", "1", "--optim.lr", "1e-9")
+    assert status == 0, err
+    base, tuned = base_of("base"), load(Run.open("tuned"), torch.device("cpu"))
+    old, new = base.model.state_dict(), tuned.model.state_dict()
+    V = base.model.config.vocab_size
+    assert tuned.model.config.vocab_size == V + 4 == tuned.tokenizer.vocab_size
+    for name, x in old.items():
+        assert torch.allclose(new[name][: len(x)], x, atol=1e-6), name
+    assert new["embedding"][V:].abs().sum() > 0
+    assert chat.knows_roles(tuned.tokenizer) and tuned.tokenizer.special[chat.END] in tuned.stop
+    assert json.loads((RUNS / "tuned" / "tokenizer_config.json").read_text())["chat_template"]
+    assert "→" in out
+
+
+def test_a_tuned_run_can_be_stopped_and_resumed(folder):
+    assert tune("--name", "whole", "--steps", "4")[0] == 0
+    assert tune("--name", "parts", "--steps", "2", "--optim.schedule", "constant")[0] == 0
+    assert tune("--name", "same", "--steps", "4", "--optim.schedule", "constant")[0] == 0
+    shutil.rmtree(RUNS / "base")  # it is not needed any more
+    status, _, err = run("train.py", "--resume", "--name", "parts", "--steps", "4")
+    assert status == 0, err
+    parts, same = end_of("parts"), end_of("same")
+    losses = [[(row["step"], row["loss"]) for row in end[3]] for end in (parts, same)]
+    assert parts[0] == same[0] and losses[0] == losses[1]
+    for part in ("model", "train_state"):
+        for name, x in same[1][part].items():
+            assert torch.equal(x, parts[1][part][name]), name
+
+
+def test_only_replies_are_asked_for_in_training(folder):
+    tokenizer = chat.with_roles(base_of("base").tokenizer)
+    config = DataConfig("talk.jsonl", form="chat")
+    corpus = prepare(config, TokenizerConfig(), tokenizer, most=512)
+    seen = Counter()
+    for i in range(len(corpus.train)):
+        seen.update(tokenizer.decode(corpus.train.document(i)[1:].tolist()).split("<|assistant|>"))
+    with open("talk.jsonl") as file:
+        replies = {m["content"] for line in file for m in json.loads(line)["messages"]
+                   if m["role"] == "assistant"}  # fmt: skip
+    args = train.parse([*CHAT, *TINY, "--name", "x", "--steps", "3"])[0]
+    config, words = train.with_base(args, None)
+    made = train.begin(train.complete(config, words.vocab_size), corpus, Group([0], "", Counter()))
+    made.advance()
+    for row in made.batches[0].targets:
+        asked = tokenizer.decode([t for t in row.tolist() if t != IGNORE])
+        for said in asked.split(chat.END)[:-1]:
+            assert said in replies
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--model.dim", "32"], "leave --model out"), (["--base", "nobody"], "no run named"),
+    (["--objective", "causal"], "belong together"), (["--data.form", "text"], "belong together"),
+    (["--data.path", "nothing.jsonl"], "is no file"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_told(folder, arguments, said):
+    status, _, err = tune("--name", "wrong", *arguments)
+    assert status == 2 and said in err, err
+    assert not (RUNS / "wrong").exists()
+
+
+def test_what_is_cut_and_what_cannot_be_read_is_said(folder):
+    long = {"instruction": "word " * 900, "output": "kept"}
+    with open("talk.jsonl", "a") as file:
+        file.write(json.dumps(long) + '\n{"instruction": "a"}\n')
+    status, out, err = tune("--name", "cut", "--steps", "1")
+    assert status == 0, err
+    assert "left out 1 × more than 512 tokens" in out and 'talk.jsonl:62 "output" is missing' in out
+
+
+def test_one_conversation_is_too_few(folder):
+    write(list(lessons(Lessons(("copy",), (1,), 2)))[:1], Path("talk.jsonl"))
+    assert "one conversation" in tune("--name", "few")[2]
+
+
+# --- talking --------------------------------------------------------------------------------------
+
+
+def talk(monkeypatch, *lines):
+    """What is printed when a user says these lines."""
+    left = iter(lines)
+
+    def say(prompt=""):
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", say)
+    return run("generate.py", "--run", "tuned", "--chat", "--tokens", "12", "--device", "cpu")
+
+
+def test_one_can_talk_with_a_tuned_run(folder, monkeypatch):
+    assert tune("--name", "tuned", "--steps", "2")[0] == 0
+    status, out, err = talk(monkeypatch, "Copy: a b", "/undo", "", "/system Be brief.", "/help",
+                            "Copy: " + "c d " * 500, "Copy: e", "/new", "Copy: f")  # fmt: skip
+    assert status == 0, err
+    assert out.count("→") == 4 and "(0 questions are left)" in out
+    assert out.count("(a new conversation)") == 2 and out.count("/undo takes") == 2
+    assert "remembered" in out or "more than the model's context" in out
+
+    def interrupted(*arguments, **more):
+        yield [65]
+        raise KeyboardInterrupt
+
+    with patch.object(generate, "generate", interrupted):
+        status, out, err = talk(monkeypatch, "Copy: a b", "Copy: c")
+    assert status == 0 and out.count("(stopped)") == 2, err
+
+
+def test_a_base_cannot_talk(folder):
+    status, _, err = run("generate.py", "--run", "base", "--chat")
+    assert status == 2 and "knows no roles" in err
+
+
+# --- lessons --------------------------------------------------------------------------------------
+
+
+def test_lessons_can_be_made_again_and_are_of_the_side_to_learn_from():
+    how = Lessons(count=200, levels=(1, 2))
+    some = list(lessons(how))
+    assert some == list(lessons(how)) and len({str(x) for x in some}) == 200
+    kinds = Counter(turn.role for turns in some for turn in turns)
+    assert kinds["user"] == kinds["assistant"] > 300 > kinds["system"] > 20
+    thinking = [t for turns in some for t in turns if "step by step" in t.text]
+    assert 0.3 < len(thinking) / kinds["user"] < 0.7
+
+
+def test_shares_are_of_sizes_up_to_a_cap():
+    found = shares({"a": 10, "b": 1000, "c": 10**6}, cap=1000)
+    assert found == {"a": 10 / 2010, "b": 1000 / 2010, "c": 1000 / 2010}
+    kinds = {"a": [[("user", str(i))] for i in range(10)], "b": [[("user", "b")]] * 90}
+    mixed = balanced(kinds, 300, cap=30, seed=0)
+    assert Counter(t[0][1] == "b" for t in mixed) == {True: 225, False: 75}
+    with pytest.raises(UserError, match="cap of at least 1"):
+        shares({"a": 3}, 0)
+
+
+@pytest.mark.parametrize("a, b, f", [
+    ("the cat sat", "the cat sat", 1.0), ("the cat sat", "a dog ran", 0.0), ("", "a", 0.0),
+    ("police killed the gunman", "police kill the gunman", 0.75),
+    ("police killed the gunman", "the gunman kill police", 0.5),
+])  # fmt: skip
+def test_rouge_l_is_lin_s(a, b, f):
+    """The examples of Lin 2004, section 3.1, as F₁."""
+    assert rouge_l(a, b) == pytest.approx(f) == rouge_l(b, a)
+
+
+def test_a_base_is_tuned_and_examined(folder, monkeypatch, capsys):
+    """The whole command, at a tiny size; `start` runs in this process."""
+    monkeypatch.setattr(align, "start", lambda *words: run(*words, *TINY))
+    how = align.Sft("base", "tuned", lessons=Lessons(("copy",), (1,), 30), steps=2, batch=4,
+                    asked=1, device="cpu")  # fmt: skip
+    short = {"shots": 0, "levels": (1,)}
+    with patch.object(align, "Examine", lambda **more: examine.Examine(**more | short)):
+        align.sft(how)
+    out = capsys.readouterr().out
+    assert "new pairs" in out and "mean" in out
+    found = json.loads((RUNS / "tuned" / "examination.json").read_text())
+    assert found.keys() == {"base", "base, 4 examples", "tuned"}
+    assert (RUNS / "tuned" / "examination.png").exists()
+    assert load_tensors(Run.open("tuned").newest() / "model.safetensors")
