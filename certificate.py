@@ -22,6 +22,7 @@ Letters: B batch · T tokens · C model width · V vocabulary · M micro-batches
 """
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -104,6 +105,7 @@ class Said(NamedTuple):
     held: tuple[int, int, int]  # bytes of weights, gradients and the optimizer's state
     sent: Counter  # bytes of all steps, by group and kind
     in_flight: int
+    seconds: float  # of all steps
 
 
 def batches_of(config: ModelConfig, step: int, rows: int = ROWS) -> list[Batch]:
@@ -151,7 +153,9 @@ def together(
         return None
     with closing(mesh):
         batches = [batches_of(config, s) for s in range(steps)]
+        start = time.perf_counter()
         part, optimizer, made = train(config, plan, mesh, batches, optim, dtype)
+        seconds = time.perf_counter() - start
         weights = [(place, x) for kind, place, x in pieces(part, optimizer) if kind == "weight"]
         return Said(
             [(m.loss, m.norm) for m in made],
@@ -161,6 +165,7 @@ def together(
             held_by(part, optimizer),
             mesh.traffic,
             part.in_flight,
+            seconds,
         )
 
 
@@ -297,6 +302,30 @@ def broken(line: Line) -> list[str]:
     return said
 
 
+MIXED = [Plan(), Plan(2, 2, 2), Plan(4, 1, 2, zero=1), Plan(1, 4, 2), Plan(2, 1, 4),
+         Plan(1, 2, 4)]  # fmt: skip
+
+
+def of_exact(ranks: Ranks, train: Train, steps: int) -> None:
+    """Exact and fast mode of the same updates in fp32: the bits, and what exactness costs."""
+    first, rows, wrong = None, [], []
+    for plan in tqdm(MIXED, desc="plans", leave=False, disable=None):
+        took = []
+        for exact in (False, True):
+            arguments = together, train, MODEL, replace(plan, exact=exact), steps, torch.float32
+            found = [x for x in ranks.run(*arguments, timeout=60 * steps) if x]
+            took.append(max(x.seconds for x in found))
+        first = first or found
+        if not (same := same_bits(first, found)):
+            wrong.append(in_words(plan))
+        fast, slow = took
+        rows.append((in_words(plan), f"{fast:.1f}", f"{slow:.1f}", f"{slow / fast:.2f} ×",
+                     "same" if same else "OTHER"))  # fmt: skip
+    print(table(("data × pipeline × tensor", "fast, s", "exact, s", "exact/fast", "bits"), *rows))
+    if wrong:
+        sys.exit(f"exact mode ends in other bits than one process under {', '.join(wrong)}")
+
+
 # --- what is shown --------------------------------------------------------------------------------
 
 
@@ -307,6 +336,7 @@ class Certificate:
     ranks: int = 8  # processes at most, 1, 2, 4 or 8
     steps: int = 5  # updates under each plan
     quick: bool = False  # only the plans that differ most
+    exact: bool = False  # instead exact mode, on six plans that mix all sides, and what it costs
 
     def __post_init__(self):
         if self.ranks not in (1, 2, 4, 8):
@@ -323,6 +353,8 @@ class Certificate:
 def certify(config: Certificate, train: Train) -> None:
     """Try the plans and show what was found; exit status 1 if a law is broken."""
     with closing(Ranks(config.ranks)) as ranks:
+        if config.exact:
+            return of_exact(ranks, train, config.steps)
         lines = examined(ranks, train, config.plans, config.steps)
     show(lines)
     path = RUNS / "certificate.png"
@@ -363,13 +395,13 @@ def show(lines: list[Line]) -> None:
 def draw_lines(lines: list[Line], path: Path) -> None:
     """Differences beside their laws, bytes by what they are for, and the two schedules."""
     size = 18, 1.6 + 0.3 * max(10, len(lines))
-    with picture(path, columns=3, size=size) as (errors, traffic, time):
+    with picture(path, columns=3, size=size) as (errors, traffic, schedules):
         draw_errors(lines, errors)
         draw_traffic(lines, traffic)
         for axes in (errors, traffic):
             axes.set(yticks=range(len(lines)), ylim=(len(lines) - 0.5, -0.5),
                      yticklabels=[in_words(line.plan) for line in lines])  # fmt: skip
-        draw_schedules(time)
+        draw_schedules(schedules)
 
 
 def draw_errors(lines: list[Line], axes) -> None:

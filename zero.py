@@ -247,10 +247,10 @@ def is_divided(p: Parameter) -> bool:
 
 
 def by_weight(params: list[Parameter]) -> list[list[Parameter]]:
-    """Those of one weight of the plain model together; a tied copy of it is another."""
-    found: dict[tuple, list[Parameter]] = {}
+    """Those of one weight of the plain model together, tied copies of it, too."""
+    found: dict[str, list[Parameter]] = {}
     for p in params:
-        found.setdefault((p.place.name, p.place.here), []).append(p)
+        found.setdefault(p.place.name, []).append(p)
     return list(found.values())
 
 

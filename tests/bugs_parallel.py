@@ -163,10 +163,6 @@ BUGS = {
             ),
             # matrices put together
             (
-                "found.setdefault((p.place.name, p.place.here), [])",
-                "found.setdefault(p.place.name, [])",
-            ),
-            (
                 "    if place.last >= 0:\n        part.mesh.data.sum_(bits)",
                 "    part.mesh.data.sum_(bits)",
             ),
