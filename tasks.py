@@ -20,6 +20,7 @@ Papers: Wei et al. 2022, chain of thought (arXiv 2201.11903) and FLAN (arXiv 210
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -412,6 +413,63 @@ def facts(seed: int = 0, levels: tuple[int, ...] = (1, 2, 3)) -> Iterator[str]:
                 said.append(FACTS[kind].format(**content, answer=answer))
         yield " ".join(said)
         number += 1
+
+
+@cache
+def patterns() -> list[tuple[str, re.Pattern[str]]]:
+    """Of each statement its task, and an expression that finds its content and its answer."""
+    letter, digits = "[a-z](?: [a-z])*", r"\d(?: \d)*"
+    name, row = "[A-Z][a-z]+", r"[A-Z][a-z]+ \d"
+    happens = rf"{name} (?:gets \d+ more|gives away \d+)\."
+    fields = {
+        "add": {"a": digits, "b": digits}, "subtract": {"a": digits, "b": digits},
+        "compare": {"a": digits, "b": digits}, "count": {"x": letter, "y": "[a-z]"},
+        "replace": {"x": letter, "y": "[a-z]", "z": "[a-z]"},
+        "look up": {"x": f"{row}(?:, {row})*", "y": name},
+        "reckon": {"x": rf"{name} has \d+ [a-z]+\.(?: {happens})+", "z": "[a-z]+"},
+    }  # fmt: skip
+    found = []
+    for task, template in FACTS.items():
+        known = fields.get(task, {"x": letter}) | {"answer": rf"{letter}|{digits}"}
+        expression = "".join(
+            f"(?P<{part[1:-1]}>{known[part[1:-1]]})" if part.startswith("{") else re.escape(part)
+            for part in re.split(r"(\{\w+\})", template)
+        )
+        found.append((task, re.compile(expression)))
+    return found
+
+
+class Stated(NamedTuple):
+    """A statement that was found in a text."""
+
+    task: str
+    content: dict[str, str]
+    answer: str
+
+    @property
+    def right(self) -> bool:
+        try:
+            return TASKS[self.task].solve(self.content).answer == self.answer
+        except (ValueError, LookupError):  # numbers of unlike length, a name that is not there
+            return False
+
+
+def stated(text: str) -> Iterator[Stated | str]:
+    """The statements of a text, in order; what is none comes as text, up to the next full stop."""
+    text = text.strip()
+    while text:
+        matches = ((task, pattern.match(text)) for task, pattern in patterns())
+        task, match = next(((t, m) for t, m in matches if m), ("", None))
+        if match:
+            content = match.groupdict()
+            if task == "reckon":  # whose statement does not name its person again
+                content["y"] = content["x"].split()[0]
+            yield Stated(task, content, content.pop("answer"))
+            end = match.end()
+        else:
+            end = text.find(".") + 1 or len(text)
+            yield text[:end]
+        text = text[end:].strip()
 
 
 def problems(

@@ -55,7 +55,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["plan", "certificate", "generate"],
     ["examine", "evaluate", "parallel", "training"],
     ["dry_run", "parallel_training"],
-    ["train", "align", "bench"],
+    ["train", "align", "bench", "synthesize"],
     ["emergence"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
@@ -77,6 +77,7 @@ TINY = {
     "planted.py": "--count 30",
     "instruct.py": "--count 20",
     "examine.py": "--run book --count 1 --tokens 4 --tasks copy",
+    "synthesize.py": "--run book --count 1",
     "align.py": "",
     "emergence.py": "shots --steps 2 --asked 10",
     "parallel.py": "certificate --ranks 1 --steps 1",

@@ -1,0 +1,176 @@
+"""Instructions that a model writes itself, and of which only what is right and new is kept.
+
+Idea: a base model that has read many statements can write more. A few seeds are shown to it, it
+goes on, and what it writes passes three gates: can the statement be understood, is it right, is it
+unlike all that is there already? What is left becomes questions and answers, in many wordings, and
+some of it is shown as seeds in turn (Self-Instruct).
+
+    novel    the likeness to each kept one, by ROUGE-L over words, must be below 0.7
+
+Run: python synthesize.py --run base --count 200 --out new.jsonl
+
+Papers: Wang et al. 2023, Self-Instruct (arXiv 2212.10560); Lin 2004, ROUGE.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+import tasks
+from chat import Turn, Turns
+from examine import writer_of
+from generate import Sampling, generate
+from instruct import rouge_l, write
+from run import UserError, generator, main, table
+from tasks import FACTS, TASKS, Stated, side
+from writer import Writer, unknown
+
+ALIKE = 0.7  # ROUGE-L from which two statements are the same
+SHOWN, OWN = 6, 2  # statements before the model's: seeds, and of its own
+
+
+@dataclass
+class Synthesis:
+    """What was kept, and why the rest was not."""
+
+    seeds: list[str]
+    kept: list[Stated] = field(default_factory=list)
+    dropped: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> what was dropped for it
+
+    def judge(self, said: Stated | str) -> None:
+        """Keep a statement, or count why not."""
+        text = said if isinstance(said, str) else worded(said)
+        if reason := self.objection(said, text):
+            self.dropped[reason] += 1
+            self.examples.setdefault(reason, text)
+        else:
+            self.kept.append(said)
+
+    def objection(self, said: Stated | str, text: str) -> str:
+        if isinstance(said, str):
+            return "no statement"
+        if not said.right:
+            return "wrong"
+        if side(tasks.canonical(said.task, said.content)) != "train":
+            return "kept for examinations"
+        known = [*self.seeds, *map(worded, self.kept)]
+        return "not new" if any(rouge_l(text, other) >= ALIKE for other in known) else ""
+
+
+def worded(said: Stated) -> str:
+    return FACTS[said.task].format(**said.content, answer=said.answer)
+
+
+def seeds(each: int, seed: int) -> list[str]:
+    """So many statements of each kind."""
+    found: dict[str, list[str]] = {name: [] for name in FACTS}
+    for paragraph in tasks.facts(seed):
+        for one in tasks.stated(paragraph):
+            if not isinstance(one, str) and len(found[one.task]) < each:
+                found[one.task].append(worded(one))
+        if all(len(some) == each for some in found.values()):
+            return [text for some in found.values() for text in some]
+
+
+def synthesized(
+    writer: Writer, shown: list[str], count: int, seed: int, at_once: int = 32, rounds: int = 100
+) -> Synthesis:
+    """Let the model write until `count` are kept, or for so many rounds."""
+    made = Synthesis(shown)
+    rng = random.Random(generator(seed, "synthesis").initial_seed())
+    with tqdm(total=count, desc="kept", leave=False, disable=None) as bar:
+        for turn in range(rounds):
+            for text in continued(writer, prompts(made, rng, at_once), seed + turn):
+                for said in tasks.stated(text):
+                    made.judge(said)
+            bar.update(min(count, len(made.kept)) - bar.n)
+            if len(made.kept) >= count:
+                break
+    del made.kept[count:]
+    return made
+
+
+def prompts(made: Synthesis, rng: random.Random, many: int) -> list[str]:
+    """Statements of one kind each time, some of them the model's own."""
+    found = []
+    for _ in range(many):
+        kind = rng.choice(list(FACTS))
+        own = [worded(said) for said in made.kept if said.task == kind]
+        given = [text for text in made.seeds if next(tasks.stated(text)).task == kind]
+        some = rng.sample(given, min(SHOWN, len(given))) + rng.sample(own, min(OWN, len(own)))
+        rng.shuffle(some)
+        found.append(" ".join(some[: SHOWN // 2]))
+    return found
+
+
+def continued(writer: Writer, texts: Sequence[str], seed: int, tokens: int = 120) -> list[str]:
+    """What the model writes behind each text, without what is cut off at its end."""
+    asked = [[*writer.begin, *writer.tokenizer.encode(text)] for text in texts]
+    columns: list[list[int]] = [[] for _ in asked]
+    steps = generate(writer.model, asked, tokens, Sampling(1.0, top_p=0.95), writer.stop, seed,
+                     unknown(writer))  # fmt: skip
+    ended = [False] * len(asked)
+    for step in steps:
+        for i, token in enumerate(step):
+            ended[i] |= token is None or token in writer.stop
+            if not ended[i]:
+                columns[i].append(token)
+    said = [writer.tokenizer.decode(column) for column in columns]
+    return [text if done else text[: text.rfind(".") + 1]
+            for text, done in zip(said, ended, strict=True)]  # fmt: skip
+
+
+def conversations(made: Synthesis, seed: int) -> list[Turns]:
+    """Each statement as a question in one of its wordings, and its answer."""
+    found = []
+    for number, said in enumerate(made.kept):
+        rng = random.Random(generator(seed, "wording", number).initial_seed())
+        task = TASKS[said.task]
+        template = rng.choice(tasks.templates(said.task, "train"))
+        question = task.templates[template].format(**said.content)
+        found.append([Turn("user", question), Turn("assistant", said.answer)])
+    return found
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Synthesize:
+    """Let a base model write instructions."""
+
+    run: str = "base"  # a run's name or folder
+    count: int = 100  # instructions to keep
+    seeds: int = 6  # statements of each kind to begin with
+    out: str = "synthesis.jsonl"  # where the conversations go
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        if min(self.count, self.seeds) < 1:
+            raise UserError("--count and --seeds must be at least 1")
+
+
+def script() -> None:
+    config = tyro.cli(Synthesize, description=__doc__.split("\n")[0])
+    writer = writer_of(config.run, "", config.device)
+    made = synthesized(writer, seeds(config.seeds, config.seed), config.count, config.seed)
+    rows = [("kept", str(len(made.kept)), worded(made.kept[-1])[:60] if made.kept else "")]
+    rows += [(why, str(n), made.examples[why][:60]) for why, n in made.dropped.most_common()]
+    print(table(("", "statements", "for example"), *rows))
+    if not made.kept:
+        raise UserError(f"{config.run} wrote nothing that could be kept: train it longer")
+    write(conversations(made, config.seed), Path(config.out))
+    kinds = Counter(said.task for said in made.kept)
+    print("\n" + ", ".join(f"{n} × {task}" for task, n in kinds.most_common()))
+    print(f"conversations: {config.out}")
+
+
+if __name__ == "__main__":
+    main(script)
