@@ -33,6 +33,7 @@ from run import RUNS, Run, UserError, check_free, fingerprint, main, table, writ
 
 # A base for the tasks: stories, and statements in which their words occur.
 BASE = ("train.py", "--data.mix", "stories=world:@1", "facts=facts:@2", "--name", "base",
+        "--model.context", "512", "--batch", "4",
         "--steps", "2000")  # fmt: skip
 
 

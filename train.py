@@ -104,11 +104,11 @@ def with_base(config: Train, run: Run | None) -> tuple[Train, Tokenizer | None]:
         return config, load_tokenizer(run.folder, config.model.vocab_size)
     base = base_of(config.base)
     model = replace(base.model.config, dropout=config.model.dropout)
-    other = changes(replace(ModelConfig(), dropout=model.dropout), config.model)
-    if run is None and other:
+    asked, own = (replace(c, vocab_size=0) for c in (config.model, model))
+    if run is None and asked not in (own, replace(ModelConfig(), dropout=model.dropout)):
         raise UserError(
             f"with --base {config.base} the model is its own: leave --model out, but for "
-            f"--model.dropout ({', '.join(other.values())})"
+            f"--model.dropout ({', '.join(changes(own, asked).values())})"
         )
     tokenizer = with_roles(base.tokenizer) if config.objective == "chat" else base.tokenizer
     model = replace(model, vocab_size=max(model.vocab_size, tokenizer.vocab_size))

@@ -18,6 +18,7 @@ from test_train import write_texts
 
 import parallel_training
 import train
+from instruct import Lessons, lessons, write
 from mesh import Group, Mesh, Plan
 from model import ModelConfig
 from parallel import Part
@@ -121,6 +122,17 @@ def test_a_run_under_a_plan_is_the_plain_run(ranks, folder, plan, more):
             close == 1e-5 and name != "past"
         ):  # in fp32; tests/test_zero.py and test_parallel.py are strict
             assert (many[name] - x).abs().max() <= 5e-3 * x.abs().max(), name
+
+
+def test_tuning_under_a_plan_is_the_plain_tuning(ranks, folder):
+    alone = Group([0], "", Counter())
+    train.begin_or_go_on([*TINY, "--name", "base", "--steps", "3"], alone)
+    write(list(lessons(Lessons(("copy",), (1,), 60, turns=1))), Path("talk.jsonl"))
+    tune = ["--base", "base", "--objective", "chat", "--data.form", "chat", "--data.path",
+            "talk.jsonl", "--steps", "4", *ADAMW]  # fmt: skip
+    train.begin_or_go_on([*TINY, "--name", "plain", *tune], alone)
+    go(ranks, folder, Plan(2, 2, 2), "--name", "many", *tune)
+    assert losses("many") == pytest.approx(losses("plain"), rel=1e-5)
 
 
 ADAMW = ["--optim.name", "adamw", "--optim.schedule", "constant", "--optim.warmup", "0"]

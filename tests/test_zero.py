@@ -43,7 +43,7 @@ def test_every_architecture(ranks, change):
 
 
 WHOLE = [
-    Plan(2), Plan(tensor=4), Plan(1, 2, 2), Plan(2, 2, 2), Plan(4, zero=1), Plan(2, 1, 2, zero=2),
+    Plan(2, 2, 2), Plan(2), Plan(1, 2, 2), Plan(tensor=4), Plan(4, zero=1), Plan(2, 1, 2, zero=2),
     Plan(2, 1, 4, zero=3), Plan(2, 2, 2, zero=1),
 ]  # fmt: skip
 
