@@ -3,23 +3,28 @@
 Idea: whoever asks a model must know how a text begins for it and what ends one, which tokens stand
 for nothing, and that weights, settings and tokenizer belong together.
 
-Run: python -m pytest tests/test_generate.py tests/test_families.py
+Run: python writer.py --run base --out folder       the run as such a folder
+
+What it writes other programs read: `transformers`, or EleutherAI's harness by
+`lm_eval --model hf --model_args pretrained=folder --tasks arc_easy`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 
 from chat import END as END_OF_TURN
+from chat import keep_template, knows_roles
 from heads import load_heads
 from model import NORMS, ModelConfig, Transformer, assembled, fill
 from model_files import Weights, special_ids
-from run import Run, UserError, read_json, settings
+from run import Run, UserError, main, read_json, settings
 from tokenizer import load as read_tokenizer
 from vocabulary import END_OF_TEXT, Tokenizer
 
@@ -111,3 +116,30 @@ def cast(model: Transformer, dtype: torch.dtype) -> None:
 def unknown(writer: Writer) -> list[int]:
     """Rows of the embedding that stand for no token."""
     return sorted({*range(writer.model.config.vocab_size)} - writer.tokenizer.known_ids)
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run as a folder that transformers loads."""
+
+    run: str = ""  # a run's name or folder; empty: the newest
+    out: str = "exported"  # a new folder
+
+
+def script() -> None:
+    config = tyro.cli(Export, description=Export.__doc__)
+    run, folder = Run.open(config.run), Path(config.out)
+    writer = load(run, torch.device("cpu"))
+    ends = sorted(writer.stop - {writer.tokenizer.end_of_text}) or [writer.tokenizer.end_of_text]
+    writer.model.save(folder, end=ends[0])
+    writer.tokenizer.save(folder / writer.tokenizer.file_name)
+    if knows_roles(writer.tokenizer):
+        keep_template(folder)
+    print(f"{run.folder} is now also {folder}/, for AutoModelForCausalLM.from_pretrained")
+
+
+if __name__ == "__main__":
+    main(script)

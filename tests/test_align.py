@@ -15,15 +15,16 @@ import chat
 import examine
 import generate
 import train
+import writer
 from data import DataConfig, TokenizerConfig, prepare
 from instruct import Lessons, balanced, lessons, rouge_l, shares, write
 from kernels.cross_entropy import IGNORE
 from mesh import Group
 from run import RUNS, Run, UserError, load_tensors
 from training import base_of
-from writer import load
 
-SMALL = ["--model.dim", "16", "--model.layers", "2", "--model.heads", "2", "--model.context", "512"]
+SMALL = ["--model.dim", "16", "--model.layers", "2", "--model.heads", "2", "--model.context", "512",
+         "--model.no-qk-norm"]  # fmt: skip
 TINY = ["--batch", "4", "--save-every", "2", "--evaluate-every", "4", "--device", "cpu",
         "--dtype", "float32"]  # fmt: skip
 CHAT = ["--base", "base", "--objective", "chat", "--data.form", "chat", "--data.path", "talk.jsonl"]
@@ -56,7 +57,7 @@ def tune(*arguments):
 def test_a_run_begins_with_the_weights_and_the_tokenizer_of_its_base(folder):
     status, out, err = tune("--name", "tuned", "--steps", "1", "--optim.lr", "1e-9")
     assert status == 0, err
-    base, tuned = base_of("base"), load(Run.open("tuned"), torch.device("cpu"))
+    base, tuned = base_of("base"), writer.load(Run.open("tuned"), torch.device("cpu"))
     old, new = base.model.state_dict(), tuned.model.state_dict()
     V = base.model.config.vocab_size
     assert tuned.model.config.vocab_size == V + 4 == tuned.tokenizer.vocab_size
@@ -126,6 +127,27 @@ def test_what_is_cut_and_what_cannot_be_read_is_said(folder):
 def test_one_conversation_is_too_few(folder):
     write(list(lessons(Lessons(("copy",), (1,), 2)))[:1], Path("talk.jsonl"))
     assert "one conversation" in tune("--name", "few")[2]
+
+
+def test_a_tuned_run_is_exported_whole(folder, monkeypatch, capsys):
+    """Model, tokenizer and template: `transformers` says of a conversation what we say."""
+    transformers = pytest.importorskip("transformers")
+    assert tune("--name", "tuned", "--steps", "2")[0] == 0
+    monkeypatch.setattr("sys.argv", ["writer.py", "--run", "tuned", "--out", "exported"])
+    writer.script()
+    assert "exported" in capsys.readouterr().out
+    own = writer.load(Run.open("tuned"), torch.device("cpu"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("exported", dtype=torch.float32)
+    words = transformers.AutoTokenizer.from_pretrained("exported")
+    turns = [chat.Turn("user", "Copy: a b"), chat.Turn("assistant", "a b")]
+    ids = [*own.begin, *chat.written(own.tokenizer, turns)]
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    assert list(words.apply_chat_template(messages, tokenize=True, return_dict=False)) == ids
+    assert words.eos_token == chat.END != words.pad_token
+    assert theirs.generation_config.eos_token_id == own.tokenizer.special[chat.END]
+    with torch.no_grad():
+        ours = own.model.logits(own.model(torch.tensor([ids])))
+        assert (theirs(torch.tensor([ids])).logits - ours).abs().max() < 1e-5
 
 
 # --- talking --------------------------------------------------------------------------------------
