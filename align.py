@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import tyro
@@ -42,7 +43,7 @@ class Sft:
     """Tune a base run on instructions."""
 
     base: str = ""  # a run's name or folder, or a Hugging Face folder; empty: base, made if need be
-    name: str = "sft"  # of the tuned run
+    name: str = ""  # of the tuned run; empty: the first of sft, sft-2, … that is free
     path: str = ""  # conversations of yours instead of lessons: .jsonl, .json or .csv
     lessons: Lessons = Lessons()
     steps: int = 1500  # updates
@@ -66,6 +67,12 @@ def start(*words: str) -> None:
         sys.exit(code)
 
 
+def free(name: str) -> str:
+    """name, name-2, name-3, …: the first that no run has."""
+    names = (name if n == 1 else f"{name}-{n}" for n in count(1))
+    return next(one for one in names if not (RUNS / one).exists())
+
+
 def base_run(name: str) -> str:
     """The base to begin with; trained now if there is none."""
     if not name and not (RUNS / "base" / "config.json").is_file():
@@ -87,6 +94,7 @@ def lessons_file(how: Lessons) -> Path:
 
 def sft(config: Sft) -> None:
     """Examine the base, tune it, examine what came of it."""
+    config = replace(config, name=config.name or free("sft"))
     check_free(config.name)
     base = base_run(config.base)
     path = config.path or str(lessons_file(config.lessons))

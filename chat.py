@@ -114,7 +114,7 @@ def keep_template(folder: Path) -> None:
 SUFFIXES = (".json", ".jsonl", ".csv")
 FORMS = (
     '"messages" (a chat), "instruction" and "output" (Alpaca), "instruction" and "instances" '
-    '(Self-Instruct), or "question" and "answer" (GSM8K)'
+    '(Self-Instruct), "question" and "answer" (GSM8K), or these with "choices"'
 )
 
 
@@ -165,6 +165,8 @@ def turns(record: object) -> list[Turns]:
         return [alpaca({**record, **one}) for one in each if isinstance(one, dict)]
     if "instruction" in record:
         return [alpaca(record)]
+    if "choices" in record:
+        return [choices(record)]
     if "question" in record:
         return [word_problem(record)]
     raise ValueError(f"has none of the fields {FORMS}")
@@ -215,15 +217,30 @@ def word_problem(record: dict) -> Turns:
     return [Turn("user", text_of(record, "question")), Turn("assistant", said)]
 
 
-CHOICES = "ABCD"
+LETTERS = "ABCDEFGHIJ"
 
 
 def multiple_choice(row: list[str]) -> Turns:
     """A row of MMLU: question, four answers, and the letter of the right one."""
-    if len(row) != 6 or row[5] not in CHOICES:
+    if len(row) != 6 or row[5] not in LETTERS[:4]:
         raise ValueError("is not a question, four answers and the letter of the right one")
-    question, *answers, letter = row
-    lines = [f"{c}. {answer}" for c, answer in zip(CHOICES, answers, strict=True)]
+    return posed(row[0], row[1:5], row[5])
+
+
+def choices(record: dict) -> Turns:
+    """A question with a list of choices, and as answer the number from 0 or the letter of one."""
+    each, right = record["choices"], record.get("answer")
+    if not isinstance(each, list) or not 2 <= len(each) <= len(LETTERS):
+        raise ValueError(f'"choices" is no list of 2 to {len(LETTERS)}')
+    letters = LETTERS[: len(each)]
+    letter = letters[right] if type(right) is int and 0 <= right < len(each) else right
+    if not isinstance(letter, str) or letter not in list(letters):
+        raise ValueError(f'"answer" is {right!r}, neither a number nor a letter of the choices')
+    return posed(text_of(record, "question"), each, letter)
+
+
+def posed(question: str, answers: list, letter: str) -> Turns:
+    lines = [f"{c}. {answer}" for c, answer in zip(LETTERS, answers, strict=False)]
     return [Turn("user", "\n".join([question, *lines])), Turn("assistant", letter)]
 
 

@@ -22,12 +22,14 @@ al. 2022 (arXiv 2205.11916); Wang et al. 2023, self-consistency (arXiv 2203.1117
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -37,10 +39,15 @@ from tqdm import tqdm
 import chat
 import tasks
 from chat import Turn
+from data import prepare
 from generate import Sampling, generate
+from objectives import objective_for
+from packing import Shards
 from run import RUNS, Run, UserError, generator, main, picture, table, write_json
 from step import pick_device
 from tasks import ANSWER, THINK, final
+from training import stored
+from vocabulary import Tokenizer
 from writer import Writer, load, load_folder, unknown
 
 # --- what is asked --------------------------------------------------------------------------------
@@ -77,7 +84,8 @@ def from_file(path: Path) -> list[Asked]:
         if isinstance(turns, str):
             raise UserError(f"{where} {turns}")
         *_, asked, reply = turns if len(turns) > 1 else (Turn("user", ""), *turns)
-        letters = tuple(chat.CHOICES) if path.suffix == ".csv" else ()
+        letters = tuple(re.findall(r"^([A-Z])\. ", asked.text, re.MULTILINE))
+        letters = letters if reply.text in letters else ()
         worked = reply.text if ANSWER in reply.text else ""
         found.append(Asked(path.stem, asked.text, final(reply.text), worked, letters))
     if not found:
@@ -218,6 +226,53 @@ def chosen(
     return best
 
 
+# --- leaks ----------------------------------------------------------------------------------------
+
+MIX = np.uint64(0x9E3779B97F4A7C15)
+RUN = 13  # tokens in a row that nobody writes twice by chance (Brown et al. 2020, appendix C)
+
+
+def leaked(questions: Sequence[Asked], tokenizer: Tokenizer, shards: Shards) -> list[bool]:
+    """Whether 13 tokens in a row of a question, or all if it is shorter, were trained on."""
+    ids = [np.array(tokenizer.encode(q.question), np.uint64) for q in questions]
+    found = [False] * len(ids)
+    for n in sorted({min(RUN, len(x)) for x in ids}):
+        known = np.concatenate([windows(np.asarray(file, np.uint64), n) for file in shards.files])
+        known = np.unique(known)
+        for i, x in enumerate(ids):
+            if min(RUN, len(x)) == n:
+                found[i] = bool(np.isin(windows(x, n), known).any())
+    return found
+
+
+def windows(ids: np.ndarray, n: int) -> np.ndarray:
+    """A hash of each n tokens in a row: Σ (id + 1) · m^place modulo 2⁶⁴."""
+    count = max(0, len(ids) - n + 1)
+    found = np.zeros(count, np.uint64)
+    with np.errstate(over="ignore"):
+        for place in range(n):
+            found = (
+                found * np.uint64(0x9E3779B97F4A7C15) + ids[place : place + count] + np.uint64(1)
+            )
+    return found
+
+
+def leak_check(run: Run, writer: Writer, questions: Sequence[Asked]) -> str:
+    """In words, how many questions the run was trained on; or why that cannot be said."""
+    how = stored(run)
+    special = objective_for(how.objective, how.model.arch).special
+    words = writer.tokenizer if how.base else None
+    try:
+        corpus = prepare(how.data, how.tokenizer, words, special=special, most=how.model.context)
+    except UserError as error:
+        return f"no leak check: {error}"
+    many = sum(leaked(questions, writer.tokenizer, corpus.train))
+    return (
+        f"leak check: {many} of {len(questions)} questions have {RUN} tokens in a row that were "
+        "trained on"
+    )
+
+
 # --- how sure -------------------------------------------------------------------------------------
 
 
@@ -283,15 +338,21 @@ class Examine:
             )
 
 
-def examined(writer: Writer, config: Examine, side: tasks.Side = "test") -> list[Result]:
-    """The results of an examination."""
+def questions_of(config: Examine) -> tuple[list[Asked], list[Asked]]:
+    """What is asked, and from where examples are drawn."""
     if config.file:
         every = from_file(Path(config.file))
-        questions, pool = every[: config.count], every
-    else:
-        questions = from_tasks(config.tasks, config.count, side, config.seed, config.levels)
-        many = max(8, 2 * config.shots) if config.shots else 0
-        pool = from_tasks(config.tasks, many, "train", config.seed + 1, config.levels)
+        return every[: config.count], every
+    many = max(8, 2 * config.shots) if config.shots else 0
+    return (
+        from_tasks(config.tasks, config.count, "test", config.seed, config.levels),
+        from_tasks(config.tasks, many, "train", config.seed + 1, config.levels),
+    )
+
+
+def examined(writer: Writer, config: Examine) -> list[Result]:
+    """The results of an examination."""
+    questions, pool = questions_of(config)
     how = Manner(config.shots, config.think, chat.knows_roles(writer.tokenizer))
     asked = prompts(writer, questions, pool, how, config.seed)
     if config.ask != "exact":
@@ -348,6 +409,8 @@ def script() -> None:
     writer = writer_of(config.run, config.model, config.device)
     found = examined(writer, config)
     print(show(found))
+    if not config.model:
+        print("\n" + leak_check(Run.open(config.run), writer, questions_of(config)[0]))
     folder = RUNS if config.model else Run.open(config.run).folder
     write_json(folder / "examination.json", {
         "settings": asdict(config), "results": [r._asdict() for r in found]

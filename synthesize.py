@@ -149,23 +149,25 @@ class Synthesize:
     count: int = 100  # instructions to keep
     seeds: int = 6  # statements of each kind to begin with
     out: str = "synthesis.jsonl"  # where the conversations go
+    rounds: int = 100  # of 32 texts, after which it gives up
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        if min(self.count, self.seeds) < 1:
-            raise UserError("--count and --seeds must be at least 1")
+        if min(self.count, self.seeds, self.rounds) < 1:
+            raise UserError("--count, --seeds and --rounds must be at least 1")
 
 
 def script() -> None:
     config = tyro.cli(Synthesize, description=__doc__.split("\n")[0])
     writer = writer_of(config.run, "", config.device)
-    made = synthesized(writer, seeds(config.seeds, config.seed), config.count, config.seed)
+    start = seeds(config.seeds, config.seed)
+    made = synthesized(writer, start, config.count, config.seed, rounds=config.rounds)
     rows = [("kept", str(len(made.kept)), worded(made.kept[-1])[:60] if made.kept else "")]
     rows += [(why, str(n), made.examples[why][:60]) for why, n in made.dropped.most_common()]
     print(table(("", "statements", "for example"), *rows))
     if not made.kept:
-        raise UserError(f"{config.run} wrote nothing that could be kept: train it longer")
+        return print(f"\n{config.run} wrote nothing that could be kept: train it longer")
     write(conversations(made, config.seed), Path(config.out))
     kinds = Counter(said.task for said in made.kept)
     print("\n" + ", ".join(f"{n} × {task}" for task, n in kinds.most_common()))

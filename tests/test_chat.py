@@ -161,6 +161,8 @@ def test_packed_conversations_have_the_loss_of_each_alone(several):
     ({"instruction": "Do", "instances": [{"input": "", "output": "done"}]}, "Do", "done"),
     ({"question": "2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 5"}, "2 + 3?",
      "It is 5.\nSo the answer is 5."),
+    ({"question": "Why?", "choices": ["so", "no"], "answer": 1}, "Why?\nA. so\nB. no", "B"),
+    ({"question": "Why?", "choices": ["so", "no"], "answer": "A"}, "Why?\nA. so\nB. no", "A"),
     (["Why?", "so", "thus", "no", "yes", "C"], "Why?\nA. so\nB. thus\nC. no\nD. yes", "C"),
 ])  # fmt: skip
 def test_records_of_many_forms_become_turns(record, first, last):
@@ -176,6 +178,8 @@ def test_records_of_many_forms_become_turns(record, first, last):
     ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
     ({"instruction": "a"}, '"output" is missing'), ({"instruction": "", "output": "b"}, "missing"),
     ({"instruction": "a", "instances": 3}, "no list"), ({"question": "a", "answer": "b"}, "####"),
+    ({"question": "a", "choices": ["b"], "answer": 0}, "no list of 2 to 10"),
+    ({"question": "a", "choices": ["b", "c"], "answer": 2}, "neither a number"),
     ({"x": 1}, "has none of the fields"), (3, "is int"), (["a", "b"], "four answers"),
 ])  # fmt: skip
 def test_a_record_that_is_none_is_told(record, said):

@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from bpe import BPE
 from examine import Asked, Examine, Manner, bootstrap, chosen, examined, log_likelihoods, prompts
 from generate import Sampling, generate
 from model import ModelConfig, Transformer
+from packing import Shards, ShardWriter
 from run import UserError
 from vocabulary import END_OF_TEXT
 from writer import Writer
@@ -122,6 +124,24 @@ def test_what_cannot_be_asked_is_told():
         examined(one, Examine(tasks=("add",), count=1, ask="choice"))
     with pytest.raises(UserError, match="at least 1"):
         Examine(votes=0)
+
+
+def test_what_was_trained_on_is_found(tmp_path):
+    """A question of which 13 tokens in a row, or all, stand in the training text."""
+    texts = ["The quick brown fox jumps over the lazy dog again.", "Short.", "Nothing of it here."]
+    shard = ShardWriter(tmp_path, "train", np.dtype(np.uint16), 256)
+    for text in texts:
+        shard.write(TOKENIZER.encode(text), len(text))
+    meta = shard.close() | {"dtype": "uint16"}
+    asked = {
+        "Why does a brown fox jumps over it?": True,  # 18 letters in a row
+        "Why does a brown dog jump?": False,
+        "Short.": True, "Shorter.": False, "Of other things nothing.": False,
+        "Short.Nothing of": False,  # across a border
+    }  # fmt: skip
+    questions = [Asked("k", text, "") for text in asked]
+    found = examine.leaked(questions, TOKENIZER, Shards(tmp_path, "train", meta))
+    assert dict(zip(asked, found, strict=True)) == asked
 
 
 @pytest.mark.parametrize("marks", [[True] * 30, [False] * 30, [True, False] * 40])

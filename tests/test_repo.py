@@ -1,7 +1,10 @@
 """The repository keeps its promises: the ladder of imports, the commands, the README's facts."""
 
 import ast
+import multiprocessing
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,8 +17,11 @@ from conftest import ROOT
 
 from bench import Bench
 from bpe import BPE
+from chat import Turn
 from data import Show, TokenizerConfig
+from instruct import write
 from model import PRESETS, ModelConfig, Transformer, count_parameters
+from ranks import PRELOADED
 from train import Train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,7 +59,8 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["scaling", "lora", "quant", "recompute", "zero"],
     ["writer", "plan_costs", "traffic", "instruct"],
     ["plan", "certificate", "generate"],
-    ["examine", "evaluate", "parallel", "training"],
+    ["evaluate", "parallel", "training"],
+    ["examine"],
     ["dry_run", "parallel_training"],
     ["train", "align", "bench", "synthesize"],
     ["emergence"],
@@ -76,10 +83,15 @@ TINY = {
     "tasks.py": "",
     "planted.py": "--count 30",
     "instruct.py": "--count 20",
-    "examine.py": "--run book --count 1 --tokens 4 --tasks copy",
-    "synthesize.py": "--run book --count 1",
+    "examine.py": "--run base --count 1 --tokens 4 --tasks copy",
+    "writer.py": "",
+    "synthesize.py": "--run base --count 1 --rounds 1",
     "align.py": "",
+    "align.py sft": "--base base --asked 1 --steps 2 --lessons.count 60 --lessons.levels 1",
     "emergence.py": "shots --steps 2 --asked 10",
+    "emergence.py shots": "--steps 2 --asked 10",
+    "emergence.py thought": "--steps 2 --asked 1 --votes 1 --seeds 1 --digits 1",
+    "emergence.py tuning": "--steps 2 --asked 1 --counts 4",
     "parallel.py": "certificate --ranks 1 --steps 1",
     "parallel.py certificate": "--ranks 1 --steps 1",
     "parallel.py plan": "",
@@ -144,30 +156,62 @@ def workplace(tmp_path_factory):
     for name in ("book.txt", "tinyshakespeare.txt", "README.md"):
         (folder / name).write_text(text)
     assert tried("python train.py --data.path book.txt --tokenizer.kind bytes", folder) == 0
+    some = [Turn("user", "Why?\nA. so\nB. no"), Turn("assistant", "A")]
+    for name in ("questions.jsonl", "conversations.jsonl"):
+        write([some] * 40, folder / name)
+    base = (
+        "python train.py --data.mix stories=world:60 facts=facts:60 --name base --model.no-qk-norm "
+        "--tokenizer.vocab-size 400"
+    )
+    assert tried(base, folder, TINY["train.py"] + " --model.context 1024") == 0
     gpt2 = replace(PRESETS["gpt2"], dim=16, layers=1, heads=2, context=16, vocab_size=257)
     Transformer(gpt2).save(folder / "path/to/folder")
     BPE.bytes().save(folder / "path/to/folder/tokenizer.json")
     return folder
 
 
-def tried(command, folder):
+def tried(command, folder, small=""):
     """The exit status of a command in a folder, at a tiny size; what it wrote is shown."""
     words = shlex.split(command)
     if words[1] == "-m":
-        words = [sys.executable, *words[1:]]
-        folder = ROOT
+        words, folder = words[1:], ROOT
     else:
-        small = TINY.get(" ".join(words[1:3]), TINY[words[1]]).split()
+        small = (small or TINY.get(" ".join(words[1:3]), TINY[words[1]])).split()
         own = words[1] in ("train.py", "data.py") and "--data.mix" not in words
         small += ["--data.path", "book.txt"] if own else []
         if "--resume" in words:
             small = ["--steps", "3"]
         if "--help" in words:
             small = []
-        words = [sys.executable, str(ROOT / words[1]), *words[2:], *small]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=200)
-    print(done.stdout[-3000:], done.stderr[-3000:])
-    return done.returncode
+        words = [str(ROOT / words[1]), *words[2:], *small]
+    said = folder / "said.txt" if folder != ROOT else ROOT / ".pytest_said"
+    process = FORKED.Process(target=as_a_program, args=(words, folder, said))
+    process.start()
+    process.join(200)
+    process.kill()
+    process.join()
+    print(said.read_text(encoding="utf-8")[-6000:])
+    said.unlink()
+    return process.exitcode
+
+
+# A new process takes seconds to import torch; one that forks from a server which has it does not.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(PRELOADED)
+
+
+def as_a_program(words, folder, said):
+    """Be `python words…`, in a process of its own."""
+    os.chdir(folder)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(file, number)
+    sys.argv = words[1:] if words[0] == "-m" else words
+    sys.path.insert(0, str(ROOT))
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
 
 
 COMMANDS = dict([*from_docstrings(), *from_readme()])  # each once

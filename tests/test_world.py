@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data
+import documents
 import world
+from run import UserError
 from world import ASKED, NAMES, NOBODY, PLACES, SAID, UNSAID, WORDS, Event, question, read, story
 
 
@@ -106,3 +109,15 @@ def test_stories_are_many_and_each_can_be_made_again():
     assert len(set(some)) == 3000
     assert [s.text for s in islice(world.stories(first=2990), 10)] == some[2990:]
     assert next(world.stories(seed=1)).text != some[0]
+
+
+def test_stories_and_statements_are_sources_of_documents():
+    found = list(documents.read("world:5"))
+    assert [d.text for d in found] == [s.text for s in islice(world.stories(), 5)]
+    assert found[3].source == "world:3" and len(list(documents.read("facts:4"))) == 4
+    assert data.sources_of(data.DataConfig(source="world"))[0].path == "world:"
+    for wrong in ("world:many", "facts:0"):
+        with pytest.raises(UserError, match="stands how many"):
+            list(documents.read(wrong))
+    with pytest.raises(UserError, match="needs no"):
+        data.DataConfig(source="world", path="book.txt")
