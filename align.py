@@ -47,7 +47,7 @@ class Sft:
     path: str = ""  # conversations of yours instead of lessons: .jsonl, .json or .csv
     lessons: Lessons = Lessons()
     steps: int = 1500  # updates
-    batch: int = 16  # rows in an update
+    batch: int = 4  # rows in an update
     lr: float = 0.01  # learning rate
     asked: int = 40  # questions of each task in the examinations
     seed: int = 0

@@ -280,7 +280,7 @@ class Tuning:
     """Tune one base on few tasks and on many, and ask for what no lesson had."""
 
     counts: tuple[int, ...] = (4, 10, 20, 40)  # tasks in the lessons
-    steps: int = 600  # updates of each tuning
+    steps: int = 800  # updates of each tuning
     seeds: int = 1
     asked: int = 40  # questions of each task
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -304,7 +304,7 @@ def tuned(config: Tuning, base: str, count: int, seed: int) -> str:
     if not (RUNS / name / "loss.png").is_file():
         lessons = lessons_file(Lessons(curriculum(count, seed), seed=seed))
         start("train.py", "--base", base, "--name", name, "--objective", "chat", "--data.form",
-              "chat", "--data.path", str(lessons), "--steps", str(config.steps), "--batch", "16",
+              "chat", "--data.path", str(lessons), "--steps", str(config.steps), "--batch", "4",
               "--seed", str(seed), "--device", config.device)  # fmt: skip
     return name
 

@@ -213,10 +213,15 @@ def test_what_one_process_cannot_do_is_told(folder, arguments, said):
     (1e9, None), (90e6, "--plan.data 2 --plan.pipeline 1 --plan.tensor 1 --plan.zero 1"),
     (60e6, "--plan.data 2 --plan.pipeline 1 --plan.tensor 1 --plan.zero 3"), (45e6, "none for"),
 ])  # fmt: skip
-def test_a_plan_that_does_not_fit_is_told_with_the_nearest_that_does(monkeypatch, memory, said):
+@pytest.mark.parametrize("here", [1, 2])
+def test_a_plan_that_does_not_fit_is_told_with_the_nearest_that_does(
+    monkeypatch, memory, said, here
+):
+    """On a machine whose processors share the memory, each of its processes has a part."""
     model = ModelConfig(dim=256, heads=8, layers=8, context=16, vocab_size=257)
     config = Train(model=model, plan=Plan(data=2), batch=2, device="cpu")
-    monkeypatch.setattr(parallel_training, "device_memory", lambda device: memory)
+    monkeypatch.setattr(parallel_training, "device_memory", lambda device: here * memory)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
     if said is None:
         return check_fits(config, torch.device("cpu"))
     with pytest.raises(UserError, match=said):
