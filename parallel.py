@@ -202,7 +202,8 @@ class Part(Transformer):
         else:
             x = split_embedding(ids, list(self.words), self.cut)
         if self.segment is not None:
-            x = x + self.segment[torch.zeros_like(ids) if segments is None else segments]
+            segments = torch.zeros_like(ids) if segments is None else segments
+            x = x + self.segment[self.own_tokens(segments, 1)]
         return x.to(dtype)
 
     def enter(self, x: Tensor, positions: Tensor) -> Tensor:
