@@ -306,13 +306,14 @@ MIXED = [Plan(), Plan(2, 2, 2), Plan(4, 1, 2, zero=1), Plan(1, 4, 2), Plan(2, 1,
          Plan(1, 2, 4)]  # fmt: skip
 
 
-def of_exact(ranks: Ranks, train: Train, steps: int) -> None:
+def of_exact(ranks: Ranks, train: Train, steps: int, width: int) -> None:
     """Exact and fast mode of the same updates in fp32: the bits, and what exactness costs."""
+    model = replace(MODEL, dim=width, ffn_dim=2 * width, context=width)
     first, rows, wrong = None, [], []
     for plan in tqdm(MIXED, desc="plans", leave=False, disable=None):
         took = []
         for exact in (False, True):
-            arguments = together, train, MODEL, replace(plan, exact=exact), steps, torch.float32
+            arguments = together, train, model, replace(plan, exact=exact), steps, torch.float32
             found = [x for x in ranks.run(*arguments, timeout=60 * steps) if x]
             took.append(max(x.seconds for x in found))
         first = first or found
@@ -337,10 +338,13 @@ class Certificate:
     steps: int = 5  # updates under each plan
     quick: bool = False  # only the plans that differ most
     exact: bool = False  # instead exact mode, on six plans that mix all sides, and what it costs
+    width: int = 32  # of the model whose exact mode is tried; its rows have as many tokens
 
     def __post_init__(self):
         if self.ranks not in (1, 2, 4, 8):
             raise UserError(f"--ranks {self.ranks} must be 1, 2, 4 or 8")
+        if self.width < 16 or self.width % 16:
+            raise UserError(f"--width {self.width} must be a multiple of 16")
         if not 1 <= self.steps <= 1000:
             raise UserError(f"--steps {self.steps} must be from 1 to 1000")
 
@@ -354,7 +358,7 @@ def certify(config: Certificate, train: Train) -> None:
     """Try the plans and show what was found; exit status 1 if a law is broken."""
     with closing(Ranks(config.ranks)) as ranks:
         if config.exact:
-            return of_exact(ranks, train, config.steps)
+            return of_exact(ranks, train, config.steps, config.width)
         lines = examined(ranks, train, config.plans, config.steps)
     show(lines)
     path = RUNS / "certificate.png"

@@ -324,7 +324,7 @@ class Gradients:
 
 
 def added(some: list[Tensor], more: list[Tensor]) -> list[Tensor]:
-    return [a + b for a, b in zip(some, more, strict=True)]
+    return list(torch._foreach_add(some, more)) if some else []
 
 
 def through_pipeline(
