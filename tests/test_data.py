@@ -794,7 +794,7 @@ class Killed(BaseException):
     """As a signal: no `except Exception` sees it."""
 
 
-@pytest.mark.parametrize("point", ["held_out", "make_tokenizer", "encode", "write_sealed"])
+@pytest.mark.parametrize("point", ["held_out", "make_tokenizer", "write_tokens", "write_sealed"])
 def test_a_stop_in_between_leaves_nothing_half_made(tmp_path, corpus_path, point):
     with patch.object(data, point, side_effect=Killed), pytest.raises(Killed):
         prepare_in(tmp_path)
@@ -833,7 +833,7 @@ def test_processes_that_make_the_same_tokens_do_not_disturb_each_other(tmp_path,
     """The second begins and ends while the first is at work. Once they shared one draft folder."""
     real, inner = data.tokenize, []
 
-    def slow(config, tokenizer_for, out):
+    def slow(config, tokenizer_for, out, most):
         real(config, tokenizer_for, out)
         with patch.object(data, "tokenize", real):
             inner.append(prepare_in(tmp_path))
@@ -904,7 +904,7 @@ def test_a_cache_that_cannot_be_written_is_refused_in_a_sentence(tmp_path, corpu
 def test_the_fast_encoder_gives_the_handmade_ids(contents):
     tokenizer = BPE.train(["the other text, the same text"], 290)
     want = [tokenizer.encode(text) for text in contents]
-    assert data.encode(tokenizer, tokenizer.to_tiktoken(), contents) == want
+    assert data.Cutter(tokenizer, 0).of_texts(contents) == want
 
 
 @pytest.mark.slow
@@ -912,14 +912,14 @@ def test_a_million_blanks_in_a_row_are_encoded():
     """Once tiktoken's regex panicked, past every `except Exception`."""
     tokenizer = BPE.bytes()
     text = " " * 1_100_000 + "x"
-    (ids,) = data.encode(tokenizer, tokenizer.to_tiktoken(), [text])
+    (ids,) = data.Cutter(tokenizer, 0).of_texts([text])
     assert tokenizer.decode(ids) == text
 
 
 def test_where_the_fast_encoder_gives_up_the_handmade_one_takes_over():
     tokenizer = BPE.train(["the other text"], 260)
     with patch("tiktoken.Encoding.encode_batch", side_effect=ValueError("Regex error")):
-        ids = data.encode(tokenizer, tokenizer.to_tiktoken(), [END_OF_TEXT, ""])
+        ids = data.Cutter(tokenizer, 0).of_texts([END_OF_TEXT, ""])
     assert ids == [tokenizer.encode(END_OF_TEXT), []] and tokenizer.end_of_text not in ids[0]
 
 
