@@ -424,9 +424,7 @@ class Cutter:
             found.append(ids)
             if left_out:
                 self.said = self.said or [Step(CUT)]
-                self.said[0].drop(
-                    f"more than {self.most:,} tokens", document.source, document.text
-                )
+                self.said[0].drop(f"more than {self.most:,} tokens", document.source, document.text)
         return found
 
     def of_texts(self, texts: list[str]) -> list[list[int]]:

@@ -11,7 +11,7 @@ kept if a checker finds it right and if it is not what was there already.
     synthesized what a model wrote after a few examples, and why most of it was dropped
 
 Run: python instruct.py                      some lessons
-     python instruct.py --out lessons.jsonl  as many as --count, as conversations in JSON lines
+     python instruct.py --out lessons.jsonl    as many as --count, as conversations in JSON lines
 
 Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Raffel et al. 2020, T5 (arXiv 1910.10683); Wang et
 al. 2023, Self-Instruct (arXiv 2212.10560); Lin 2004, ROUGE.

@@ -447,7 +447,8 @@ def test_a_plan_s_file_comes_back(tmp_path):
     assert Plan.load(tmp_path / "plan.json") == BLOOMS
     assert json.loads((tmp_path / "plan.json").read_text()) == {
         "data": 8, "tensor": 4, "pipeline": 12, "zero": 1, "rows": 2, "recompute": "blocks",
-        "layers": [5, *[6] * 10, 5], "schedule": "1f1b", "sequence": False, "exact": False,
+        "layers": [5, *[6] * 10, 5], "schedule": "1f1b", "bucket": 25, "sequence": False,
+        "exact": False,
         "file": "", "timeout": 1800,
     }  # fmt: skip
 

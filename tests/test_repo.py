@@ -156,9 +156,9 @@ def workplace(tmp_path_factory):
     for name in ("book.txt", "tinyshakespeare.txt", "README.md"):
         (folder / name).write_text(text)
     assert tried("python train.py --data.path book.txt --tokenizer.kind bytes", folder) == 0
-    some = [Turn("user", "Why?\nA. so\nB. no"), Turn("assistant", "A")]
+    some = [[Turn("user", f"Why {n}?\nA. so\nB. no"), Turn("assistant", "A")] for n in range(40)]
     for name in ("questions.jsonl", "conversations.jsonl"):
-        write([some] * 40, folder / name)
+        write(some, folder / name)
     base = (
         "python train.py --data.mix stories=world:60 facts=facts:60 --name base --model.no-qk-norm "
         "--tokenizer.vocab-size 400"
@@ -177,7 +177,8 @@ def tried(command, folder, small=""):
         words, folder = words[1:], ROOT
     else:
         small = (small or TINY.get(" ".join(words[1:3]), TINY[words[1]])).split()
-        own = words[1] in ("train.py", "data.py") and "--data.mix" not in words
+        own = words[1] in ("train.py", "data.py")
+        own &= not {"--data.mix", "--data.source"} & {*words}
         small += ["--data.path", "book.txt"] if own else []
         if "--resume" in words:
             small = ["--steps", "3"]
