@@ -42,12 +42,11 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "performer",
         "dropout",
         "world",
-        "tasks",
         "mesh",
         "schedule",
         "ranks",
     ],
-    ["merges", "vocabulary", "sparse"],
+    ["merges", "vocabulary", "sparse", "tasks"],
     ["bpe", "chat", "positions", "model_files", "data_parallel"],
     ["attention"],
     ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "unigram_learning"],
@@ -156,7 +155,7 @@ def workplace(tmp_path_factory):
     for name in ("book.txt", "tinyshakespeare.txt", "README.md"):
         (folder / name).write_text(text)
     assert tried("python train.py --data.path book.txt --tokenizer.kind bytes", folder) == 0
-    some = [[Turn("user", f"Why {n}?\nA. so\nB. no"), Turn("assistant", "A")] for n in range(40)]
+    some = [[Turn("user", f"Why {n}?\nA. so\nB. no"), Turn("assistant", "A")] for n in range(400)]
     for name in ("questions.jsonl", "conversations.jsonl"):
         write(some, folder / name)
     base = (

@@ -170,7 +170,9 @@ optims = st.builds(
     warmup=st.sampled_from([0.0, 0.3]), clip=st.sampled_from([0.0, 0.1]),
     clip_by=drawn(OptimConfig, "clip_by"),
 )  # fmt: skip
-PAIRS = [(name, arch) for name, objective in OBJECTIVES.items() for arch in objective.fits]
+PAIRS = [  # but conversations, which tests/test_align.py has
+    (name, arch) for name, o in OBJECTIVES.items() for arch in o.fits if name != "chat"
+]
 
 
 def config_of(pair, kind, ramp, **fields):
