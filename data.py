@@ -330,7 +330,7 @@ def tokenize(
             )
         texts = (item.document.text for item, is_out in split(store, held) if not is_out)
         tokenizer = tokenizer_for(texts)
-        cutter = Cutter(tokenizer, most)
+        cutter = Cutter(tokenizer, most, config.form == "chat")
         meta = write_tokens(split(store, held), len(held), cutter, out)
         last_step += cutter.said
     tokenizer.save(out / tokenizer.file_name)
@@ -408,14 +408,15 @@ CUT = "conversations made shorter"
 class Cutter:
     """From documents to ids; `said` tells what had to be left out."""
 
-    def __init__(self, tokenizer: Tokenizer, most: int):
-        self.tokenizer, self.most = tokenizer, most or sys.maxsize
+    def __init__(self, tokenizer: Tokenizer, most: int = 0, talks: bool = False):
+        """most: tokens of a conversation, 0 for any number; talks: documents are conversations."""
+        self.tokenizer, self.most, self.talks = tokenizer, most or sys.maxsize, talks
         self.fast = tokenizer.to_tiktoken() if isinstance(tokenizer, BPE) else None
         self.said: list[Step] = []
 
     def encode(self, documents: list[Document]) -> list[list[int]]:
         """Ids in which nothing of a text is special; of a conversation also those of its roles."""
-        if not (documents[0].meta or {}).get("turns"):
+        if not self.talks:
             return self.of_texts([document.text for document in documents])
         found = []
         for document in documents:

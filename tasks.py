@@ -64,7 +64,6 @@ class Task(NamedTuple):
     make: Callable[[random.Random, int], dict[str, str]]  # of a level, from 1
     solve: Callable[[dict[str, str]], Solved]
     templates: tuple[str, ...]  # every fourth is for examinations
-    levels: int = 4
 
 
 # --- letters --------------------------------------------------------------------------------------
@@ -470,17 +469,6 @@ def stated(text: str) -> Iterator[Stated | str]:
             end = text.find(".") + 1 or len(text)
             yield text[:end]
         text = text[end:].strip()
-
-
-def problems(
-    names: tuple[str, ...], on: Side, seed: int = 0, levels: tuple[int, ...] = (1, 2, 3, 4)
-) -> Iterator[Problem]:
-    """Endless, of each task and level in turn."""
-    number = 0
-    while True:
-        for name in names:
-            yield problem(name, levels[number % len(levels)], on, number, seed)
-        number += 1
 
 
 # --- marks ----------------------------------------------------------------------------------------

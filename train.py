@@ -100,7 +100,7 @@ def with_base(config: Train, run: Run | None) -> tuple[Train, Tokenizer | None]:
     """
     if not config.base:
         return config, None
-    if run is not None and (run.folder / "tokenizer.json").is_file():
+    if run is not None and run.checkpoints():
         return config, load_tokenizer(run.folder, config.model.vocab_size)
     base = base_of(config.base)
     model = replace(base.model.config, dropout=config.model.dropout)

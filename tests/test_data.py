@@ -904,7 +904,16 @@ def test_a_cache_that_cannot_be_written_is_refused_in_a_sentence(tmp_path, corpu
 def test_the_fast_encoder_gives_the_handmade_ids(contents):
     tokenizer = BPE.train(["the other text, the same text"], 290)
     want = [tokenizer.encode(text) for text in contents]
-    assert data.Cutter(tokenizer, 0).of_texts(contents) == want
+    assert data.Cutter(tokenizer).of_texts(contents) == want
+
+
+def test_a_field_of_that_name_makes_no_conversation_of_a_text(tmp_path):
+    """Lines of JSON may say anything beside their text."""
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": f"number {i} of them", "turns": 3}) for i in range(40)]
+    path.write_text("\n".join(lines))
+    corpus = prepare(DataConfig(str(path)), BYTES, cache=tmp_path / "cache")
+    assert {*stored_texts(corpus)} == {f"number {i} of them" for i in range(40)}
 
 
 @pytest.mark.slow
@@ -912,14 +921,14 @@ def test_a_million_blanks_in_a_row_are_encoded():
     """Once tiktoken's regex panicked, past every `except Exception`."""
     tokenizer = BPE.bytes()
     text = " " * 1_100_000 + "x"
-    (ids,) = data.Cutter(tokenizer, 0).of_texts([text])
+    (ids,) = data.Cutter(tokenizer).of_texts([text])
     assert tokenizer.decode(ids) == text
 
 
 def test_where_the_fast_encoder_gives_up_the_handmade_one_takes_over():
     tokenizer = BPE.train(["the other text"], 260)
     with patch("tiktoken.Encoding.encode_batch", side_effect=ValueError("Regex error")):
-        ids = data.Cutter(tokenizer, 0).of_texts([END_OF_TEXT, ""])
+        ids = data.Cutter(tokenizer).of_texts([END_OF_TEXT, ""])
     assert ids == [tokenizer.encode(END_OF_TEXT), []] and tokenizer.end_of_text not in ids[0]
 
 
