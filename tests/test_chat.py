@@ -117,6 +117,17 @@ def test_the_assistant_s_tokens_are_asked_for_and_no_others(talk):
     assert asked == right
 
 
+@given(talks, talks)
+def test_a_reply_that_is_cut_off_does_not_go_on_in_the_next_conversation(first, second):
+    """A document that ends while the assistant speaks, and another one behind it in the row."""
+    cut = written(TOKENIZER, [*first, Turn("assistant", "so")])[:-1]
+    rest = written(TOKENIZER, second)
+    T = len(cut) + len(rest) + 2
+    together = OBJECTIVE(rows_of([cut, rest], T), None, VOCABULARY).targets[0, len(cut) + 1 :]
+    alone = OBJECTIVE(rows_of([rest], len(rest) + 1), None, VOCABULARY).targets[0]
+    assert torch.equal(together, alone)
+
+
 @settings(max_examples=30)
 @given(st.lists(talks, min_size=1, max_size=3))
 def test_packed_conversations_have_the_loss_of_each_alone(several):

@@ -63,6 +63,26 @@ def test_answers_are_right(name, level, on, number):
     assert letters or digits or name in ("story", "unsaid")
 
 
+@given(levels, sides, numbers)
+def test_steps_are_right(level, on, number):
+    """Every equation in them holds, and what they write down is the answer."""
+    for name in ("add", "subtract", "reckon"):
+        asked = problem(name, level, on, number)
+        for left, right in re.findall(r"(\d(?: [+-] \d+)+) = (\d(?: \d)*)\.?,?", asked.steps):
+            assert eval(left) == int(right.replace(" ", ""))
+    asked = problem("add", level, on, number)
+    digits = re.findall(r"[wW]rite (\d)", asked.steps)
+    assert asked.answer.replace(" ", "") == "".join(reversed(digits))
+    asked = problem("subtract", level, on, number)
+    digits = re.findall(r"gives (\d)", asked.steps)
+    assert int(asked.answer.replace(" ", "")) == int("".join(reversed(digits)))
+    for name in OPERATIONS:
+        asked = problem(name, level, on, number)
+        assert asked.steps.endswith(f": {asked.answer}.")
+    asked = problem("count", level, on, number)
+    assert asked.steps.rstrip(".").endswith(f" {asked.answer}")
+
+
 @given(names, levels, sides, numbers)
 def test_a_reply_is_marked_by_its_last_answer(name, level, on, number):
     asked = problem(name, level, on, number)
