@@ -67,8 +67,8 @@ class Shots:
     """Learn to continue mappings, and be asked for mappings never seen."""
 
     sizes: tuple[str, ...] = ("1x64", "2x16", "2x32", "2x64")  # blocks x width
-    steps: int = 1500  # updates of each model
-    batch: int = 32  # rows of 17 pairs
+    steps: int = 3000  # updates of each model
+    batch: int = 64  # rows of 17 pairs
     lr: float = 0.01
     seeds: int = 1  # models of each size
     asked: int = 1000  # rows of the examination
@@ -215,7 +215,7 @@ class Thought:
     digits: tuple[int, ...] = (1, 2, 3, 4)  # of the numbers to add
     steps: int = 1200  # updates
     seeds: int = 1  # models
-    asked: int = 100  # sums of each length
+    asked: int = 200  # sums of each length
     votes: int = 9  # answers drawn for a vote
     device: str = "auto"  # auto, cpu, cuda or mps
 
@@ -247,8 +247,8 @@ def of_thought(config: Thought) -> None:
         for way, how in WAYS.items():
             how = {**how, "votes": config.votes} if "votes" in how else how
             found[way].append([
-                examined(writer, Examine(tasks=("add",), levels=(n,), count=config.asked, seed=seed,
-                                         tokens=160, **how))[0]
+                examined(writer, Examine(tasks=("add",), levels=(n,), wording="known",
+                                         count=config.asked, seed=seed, tokens=160, **how))[0]
                 for n in config.digits
             ])  # fmt: skip
     shares = {

@@ -64,13 +64,21 @@ class Asked(NamedTuple):
 
 
 def from_tasks(
-    names: Sequence[str], count: int, side: tasks.Side, seed: int, levels: Sequence[int]
+    names: Sequence[str],
+    count: int,
+    side: tasks.Side,
+    seed: int,
+    levels: Sequence[int],
+    wording: tasks.Side | None = None,
 ) -> list[Asked]:
-    """`count` problems of each task, level after level."""
+    """`count` problems of each task, level after level; wording: of which side, if of another."""
     return [
         Asked(name, p.question, p.answer, p.worked)
         for name in names
-        for p in (tasks.problem(name, levels[i % len(levels)], side, i, seed) for i in range(count))
+        for p in (
+            tasks.problem(name, levels[i % len(levels)], side, i, seed, wording)
+            for i in range(count)
+        )
     ]
 
 
@@ -316,6 +324,7 @@ class Examine:
     model: str = ""  # instead of a run: the folder of a model in Hugging Face's layout
     tasks: tuple[str, ...] = ("copy", "reverse", "sort", "add", "count", "look up", "story")
     levels: tuple[int, ...] = (1, 2)  # of the tasks' difficulty
+    wording: Literal["new", "known"] = "new"  # of tasks: words that no lesson had, or the lessons'
     file: str = ""  # instead of tasks: questions in .jsonl, .json or .csv (MMLU, GSM8K, …)
     count: int = 50  # questions of each kind, at most
     ask: Literal["exact", "choice", "choice-per-byte"] = "exact"
@@ -345,7 +354,14 @@ def questions_of(config: Examine) -> tuple[list[Asked], list[Asked]]:
         return every[: config.count], every
     many = max(8, 2 * config.shots) if config.shots else 0
     return (
-        from_tasks(config.tasks, config.count, "test", config.seed, config.levels),
+        from_tasks(
+            config.tasks,
+            config.count,
+            "test",
+            config.seed,
+            config.levels,
+            "train" if config.wording == "known" else None,
+        ),
         from_tasks(config.tasks, many, "train", config.seed + 1, config.levels),
     )
 
