@@ -8,7 +8,8 @@ idea and not the sentences, tasks show whose words and combinations it was never
 
 Run: python align.py sft                      some minutes; a base run is made if there is none
      python align.py sft --base run-001 --lessons.count 50000 --steps 3000
-     python align.py sft --path conversations.jsonl
+     python align.py sft --path conversations.jsonl            instead of the lessons
+     python align.py sft --mix alpaca=alpaca_data.json --cap 500000   beside them
 
 Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGPT (arXiv
 2203.02155).
@@ -32,8 +33,9 @@ from examine import Examine, Result, examined, writer_of
 from instruct import Lessons, lessons, write
 from run import RUNS, Run, UserError, check_free, fingerprint, main, table, write_json
 
-# A base for the tasks: stories, and statements in which their words occur.
-BASE = ("train.py", "--data.mix", "stories=world:@1", "facts=facts:@2", "--name", "base",
+# A base for the tasks: stories, statements in which their words occur, and what a question is.
+BASE = ("train.py", "--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:@1",
+        "--name", "base",
         "--model.context", "512", "--batch", "4",
         "--steps", "2000")  # fmt: skip
 
@@ -45,6 +47,10 @@ class Sft:
     base: str = ""  # a run's name or folder, or a Hugging Face folder; empty: base, made if need be
     name: str = ""  # of the tuned run; empty: the first of sft, sft-2, … that is free
     path: str = ""  # conversations of yours instead of lessons: .jsonl, .json or .csv
+    mix: tuple[str, ...] = ()  # conversations of yours beside the lessons: name=path
+    cap: int = (
+        1_000_000  # tokens up to which each of them counts, so that a large one does not rule
+    )
     lessons: Lessons = Lessons()
     steps: int = 1500  # updates
     batch: int = 4  # rows in an update
@@ -56,6 +62,8 @@ class Sft:
     def __post_init__(self):
         if min(self.steps, self.batch, self.asked) < 1:
             raise UserError("--steps, --batch and --asked must be at least 1")
+        if self.path and self.mix:
+            raise UserError("--path stands instead of the lessons, --mix beside them: give one")
 
 
 def start(*words: str) -> None:
@@ -97,10 +105,18 @@ def sft(config: Sft) -> None:
     config = replace(config, name=config.name or free("sft"))
     check_free(config.name)
     base = base_run(config.base)
-    path = config.path or str(lessons_file(config.lessons))
+    own = ("--data.path", config.path)
+    if not config.path:
+        own = (
+            "--data.mix",
+            f"lessons={lessons_file(config.lessons)}",
+            *config.mix,
+            "--data.cap",
+            str(config.cap),
+        )
     before = before_tuning(config, base)
     start("train.py", "--base", base, "--name", config.name, "--objective", "chat",
-          "--data.form", "chat", "--data.path", path, "--steps", str(config.steps),
+          "--data.form", "chat", *own, "--steps", str(config.steps),
           "--batch", str(config.batch), "--optim.lr", str(config.lr),
           "--seed", str(config.seed), "--device", config.device)  # fmt: skip
     report(config, before | {"tuned": examination(config, config.name, 0)})
@@ -120,15 +136,9 @@ NEW = "new pairs"  # of operations: compositions that no lesson had
 def examination(config: Sft, run: str, shots: int) -> list[Result]:
     """On problems, words and compositions that no lesson had; the compositions together."""
     how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60)
-    writer = writer_of(run, "", config.device)
-    found = examined(writer, how)
-    pairs = tuple(tasks.composed("test"))
-    each = examined(writer, replace(how, tasks=pairs, count=max(1, config.asked // len(pairs))))
-    asked = sum(r.asked for r in each)
-    marks = [m for r in each for m in [True] * round(r.right * r.asked)]
-    marks += [False] * (asked - len(marks))
-    share = sum(marks) / asked
-    return [*found, Result(NEW, asked, share, *examine.bootstrap(marks), each[0].example)]
+    writer, pairs = writer_of(run, "", config.device), tuple(tasks.composed("test"))
+    some = replace(how, tasks=pairs, count=max(1, config.asked // len(pairs)))
+    return [*examined(writer, how), *examined(writer, some, NEW)]
 
 
 def report(config: Sft, found: dict[str, list[Result]]) -> None:

@@ -74,7 +74,8 @@ class DataConfig:
         "text"  # of files; chat: conversations in .json, .jsonl or .csv, for --objective chat
     )
     mix: tuple[str, ...] = ()  # instead of path, several sources: name=path or name=path@weight
-    temperature: float = 1.0  # of weights that are not given: tokens^(1/temperature)
+    temperature: float = 1.0  # of weights not given: min(tokens, cap)^(1/temperature) (T5, 3.5.2)
+    cap: int = 0  # tokens up to which a source counts; 0: all
     strict: bool = False  # stop at the first line or file that cannot be read
     clean: Literal["auto", "none", "docs", "web"] = (
         "auto"  # steps before training, with rules for documentation or web pages; auto: docs for
@@ -90,6 +91,8 @@ class DataConfig:
             raise UserError(f"--data.held-out {self.held_out} must lie between 0 and 1")
         if not self.temperature > 0:
             raise UserError(f"--data.temperature {self.temperature} must be above 0")
+        if self.cap < 0:
+            raise UserError(f"--data.cap {self.cap} must be at least 0")
         if self.source == "world" and (self.path or self.mix or self.form == "chat"):
             raise UserError("--data.source world needs no --data.path, --data.mix or --data.form")
         if self.mix and self.path:
@@ -346,7 +349,8 @@ def tokenize(
 
 def named(config: DataConfig) -> str:
     own = f"prose of Python {sys.version.split()[0]}'s standard library"
-    here = {"world:": "stories of world.py", "facts:": "statements of tasks.py", "": own}
+    here = {"world:": "stories of world.py", "facts:": "statements of tasks.py",
+            "quiz:": "questions about stories", "": own}  # fmt: skip
     return ", ".join(here.get(source.path, source.path) for source in sources_of(config))
 
 
@@ -396,7 +400,8 @@ def parts_of(config: DataConfig, found: dict[int, list[int]]) -> list[dict[str, 
     parts, first = [], 0
     for number, source in enumerate(sources_of(config)):
         documents, tokens = found.get(number, (0, 0))
-        weight = tokens ** (1 / config.temperature) if source.weight is None else source.weight
+        by_size = min(tokens, config.cap or tokens) ** (1 / config.temperature)
+        weight = by_size if source.weight is None else source.weight
         parts.append(Part(source.name, first, documents, weight)._asdict())
         first += documents
     return parts

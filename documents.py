@@ -98,18 +98,24 @@ def read(path: str, form: str = "text") -> Iterator[Document | Problem]:
     """The documents of a file, folder or glob, or Python's own prose; some may be empty.
 
     form "chat": they are conversations, whose turns stand in `meta`. "world:" and a number are as
-    many stories of world.py, "facts:" paragraphs of statements of tasks.py.
+    many stories of world.py, "facts:" paragraphs of statements of tasks.py, "quiz:" stories with
+    questions and answers.
     """
     if not path:
         yield from standard_library()
-    elif path.startswith(WRITTEN):
+    elif path.startswith(HERE):
         yield from written_here(path)
     else:
         for file in files_of(path, form):
             yield from read_file(file) if form == "text" else read_chat(file)
 
 
-WRITTEN = ("world:", "facts:")
+WRITTEN = {
+    "world": lambda: (story.text for story in world.stories()),
+    "facts": tasks.facts,
+    "quiz": tasks.quiz,
+}
+HERE = tuple(f"{kind}:" for kind in WRITTEN)
 MANY = 20_000
 
 
@@ -118,8 +124,7 @@ def written_here(path: str) -> Iterator[Document]:
     number = number or str(MANY)
     if not number.isdecimal() or not int(number):
         raise UserError(f"{path}: behind {kind}: stands how many, such as {MANY}")
-    texts = (story.text for story in world.stories()) if kind == "world" else tasks.facts()
-    for i, text in zip(range(int(number)), texts, strict=False):
+    for i, text in zip(range(int(number)), WRITTEN[kind](), strict=False):
         yield Document(text, f"{kind}:{i}")
 
 
@@ -134,7 +139,7 @@ def read_chat(path: Path) -> Iterator[Document | Problem]:
 
 def files_of(path: str, form: str = "text") -> list[Path]:
     """The files that --data.path names, in a fixed order; UserError if it names none."""
-    if path.startswith(WRITTEN):
+    if path.startswith(HERE):
         return []
     endings = SUFFIXES if form == "text" else chat.SUFFIXES
 

@@ -26,7 +26,7 @@ Letters: B rows · T tokens of a row · n symbols.
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import examine
 import tasks
-from align import Sft, base_run, before_tuning, examination, lessons_file, start
+from align import base_run, lessons_file, start
 from evaluate import interval
 from examine import Examine, examined, writer_of
 from instruct import Lessons
@@ -279,10 +279,10 @@ def draw_ways(digits: Sequence[int], shares: dict, path: Path) -> None:
 class Tuning:
     """Tune one base on few tasks and on many, and ask for what no lesson had."""
 
-    counts: tuple[int, ...] = (4, 10, 20, 40)  # tasks in the lessons
-    steps: int = 800  # updates of each tuning
+    counts: tuple[int, ...] = (4, 12, 40)  # tasks in the lessons
+    steps: int = 600  # updates of each tuning
     seeds: int = 1
-    asked: int = 40  # questions of each task
+    asked: int = 20  # questions of each task
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
@@ -309,28 +309,53 @@ def tuned(config: Tuning, base: str, count: int, seed: int) -> str:
     return name
 
 
+PAIRS_OF = {"tasks": tuple(tasks.composed("test")), "wording": "known"}
+UNSEEN = {  # what no lesson had
+    "new pairs of operations": PAIRS_OF,
+    "the same, step by step": PAIRS_OF | {"think": True},
+    "operations in new words": {"tasks": tuple(tasks.OPERATIONS)},
+}
+
+
+def unseen(config: Tuning, run: str, shots: int, seed: int) -> list[float]:
+    """Share of right answers to each of them."""
+    writer = writer_of(run, "", config.device)
+    asked = Examine(count=config.asked, shots=shots, seed=seed, tokens=100)
+    return [examined(writer, replace(asked, **how), what)[0].right for what, how in UNSEEN.items()]
+
+
 def of_tuning(config: Tuning) -> None:
     base = base_run("")
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[list[float]]] = {}
     for seed in range(config.seeds):
-        how = Sft(asked=config.asked, seed=seed, device=config.device)
-        for name, each in before_tuning(how, base).items():
-            found.setdefault(name, []).append(each[-1].right)
-        for count in config.counts:
-            each = examination(how, tuned(config, base, count, seed), 0)
-            found.setdefault(f"{count} tasks", []).append(each[-1].right)
-    shares = {name: with_interval(values) for name, values in found.items()}
-    print("\n" + table(("pairs of operations that no lesson had", "right"),
-                       *((name, in_percent(*x)) for name, x in shares.items())))  # fmt: skip
-    path = RUNS / "tuning.png"
-    with picture(path) as (axes,):
-        y, far = ([100 * x[i] for x in shares.values()] for i in (0, 1))
-        colors = ["#9db7d5" if name.startswith("base") else "#1f4e8c" for name in shares]
-        axes.bar(range(len(y)), y, yerr=far, capsize=3, color=colors)
-        axes.set(xticks=range(len(y)), ylim=(0, 105), ylabel="right answers, %",
-                 title="Pairs of operations that no lesson had")  # fmt: skip
-        axes.set_xticklabels(list(shares), rotation=20, ha="right")
+        runs = {"base": (base, 0), "base, 4 examples": (base, 4)} | {
+            f"{count} tasks": (tuned(config, base, count, seed), 0) for count in config.counts
+        }
+        for name, (run, shots) in runs.items():
+            found.setdefault(name, []).append(unseen(config, run, shots, seed))
+    shares = {
+        name: [with_interval(x) for x in zip(*each, strict=True)] for name, each in found.items()
+    }
+    print(
+        "\n"
+        + table(
+            ("right answers", *UNSEEN),
+            *((name, *(in_percent(*x) for x in each)) for name, each in shares.items()),
+        )
+    )
+    draw_tuning(shares, path := RUNS / "tuning.png")
     print(f"\npicture: {path}")
+
+
+def draw_tuning(shares: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    with picture(path) as (axes,):
+        for i, (what, color) in enumerate(zip(UNSEEN, COLORS[::2], strict=False)):
+            y, far = ([100 * x[i][j] for x in shares.values()] for j in (0, 1))
+            axes.errorbar(range(len(y)), y, far, fmt="o-", capsize=3, color=color, label=what)
+        axes.set(xticks=range(len(y)), ylim=(-2, 105), ylabel="right answers, %",
+                 title="Answers to what no lesson had, by tasks in the lessons")  # fmt: skip
+        axes.set_xticklabels(list(shares))
+        axes.legend(frameon=False)
 
 
 # --- the script -----------------------------------------------------------------------------------

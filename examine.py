@@ -8,13 +8,16 @@ training side has seen, from MMLU, from GSM8K, or from a file of one's own.
     few-shot      k solved examples stand before the question; which and in what order, a seed says
     think         the model is asked to think step by step, or its examples do
     vote          several drawn answers, of which the most frequent counts (self-consistency)
-    choice        the likeliest of given answers, by log p, or by log p per byte
+    choice        the likeliest of the letters before given answers (as MMLU is asked)
+    answer        the likeliest of the given answers themselves, which the question then does not
+                  list; by log p, or by log p per byte, which does not favour the short
 
 A run that was tuned on conversations is asked in a conversation, any other in the form "Question: …
 Answer: …". Intervals hold the true value in 95 of 100 cases, by drawing questions again and again.
 
 Run: python examine.py                          the newest run, on a few tasks
      python examine.py --file questions.jsonl --shots 5 --ask choice
+     python examine.py --file mmlu/test --examples mmlu/dev --shots 5 --ask choice
      python examine.py --tasks add --levels 3 --think --votes 9
 
 Papers: Brown et al. 2020, GPT-3 (arXiv 2005.14165); Wei et al. 2022 (arXiv 2201.11903); Kojima et
@@ -45,7 +48,7 @@ from objectives import objective_for
 from packing import Shards
 from run import RUNS, Run, UserError, generator, main, picture, table, write_json
 from step import pick_device
-from tasks import ANSWER, THINK, final
+from tasks import ANSWER, FORM, THINK, final
 from training import stored
 from vocabulary import Tokenizer
 from writer import Writer, load, load_folder, unknown
@@ -82,23 +85,43 @@ def from_tasks(
     ]
 
 
+def from_files(path: Path) -> list[Asked]:
+    """The questions of a file, or of all files of a folder, each of which is a kind."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.name.endswith(chat.SUFFIXES))
+    found = [one for file in files for one in from_file(file)]
+    if not found:
+        raise UserError(f"{path} holds no question")
+    return found
+
+
 def from_file(path: Path) -> list[Asked]:
     """MMLU's tables, GSM8K's lines, and whatever else chat.py reads, in its order.
 
     UserError for what cannot be read, with the place.
     """
-    found = []
+    found, kind = [], re.sub("_(dev|val|test|train)$", "", path.stem)
     for where, turns in chat.conversations(path):
         if isinstance(turns, str):
             raise UserError(f"{where} {turns}")
         *_, asked, reply = turns if len(turns) > 1 else (Turn("user", ""), *turns)
-        letters = tuple(re.findall(r"^([A-Z])\. ", asked.text, re.MULTILINE))
+        _, _, listed = asked.text.rpartition("\nA. ")
+        letters = ("A", *re.findall(r"^([A-Z])\. ", listed, re.MULTILINE))
         letters = letters if reply.text in letters else ()
         worked = reply.text if ANSWER in reply.text else ""
-        found.append(Asked(path.stem, asked.text, final(reply.text), worked, letters))
-    if not found:
-        raise UserError(f"{path} holds no question")
+        found.append(Asked(kind, asked.text, final(reply.text), worked, letters))
     return found
+
+
+def unlisted(asked: Asked) -> Asked:
+    """The question without its list of choices, which are then answers instead of letters."""
+    if "A" not in asked.choices:
+        return asked
+    question, _, listed = asked.question.rpartition("\nA. ")
+    answers = tuple(text.strip() for text in re.split(r"^[A-Z]\. ", listed, flags=re.MULTILINE))
+    right = answers[asked.choices.index(asked.answer)]
+    return asked._replace(question=question, answer=right, choices=answers)
 
 
 # --- how it is asked ------------------------------------------------------------------------------
@@ -121,12 +144,11 @@ def prompt(writer: Writer, asked: Asked, how: Manner, examples: Sequence[Asked])
             turns += [Turn("user", one.question + extra), Turn("assistant", shown(one, how))]
         turns.append(Turn("user", asked.question + extra))
         return [*writer.begin, *chat.written(tokenizer, turns, answer=True)]
-    text = "".join(
-        f"Question: {one.question}{extra}\nAnswer: {shown(one, how)}\n\n" for one in examples
+    text = "\n\n".join(
+        FORM.format(question=one.question + extra, answer=shown(one, how))
+        for one in [*examples, asked._replace(answer="", worked="")]
     )
-    return [
-        *writer.begin, *tokenizer.encode(f"{text}Question: {asked.question}{extra}\nAnswer:")
-    ]  # fmt: skip
+    return [*writer.begin, *tokenizer.encode(text.rstrip())]
 
 
 def shown(example: Asked, how: Manner) -> str:
@@ -325,9 +347,10 @@ class Examine:
     tasks: tuple[str, ...] = ("copy", "reverse", "sort", "add", "count", "look up", "story")
     levels: tuple[int, ...] = (1, 2)  # of the tasks' difficulty
     wording: Literal["new", "known"] = "new"  # of tasks: words that no lesson had, or the lessons'
-    file: str = ""  # instead of tasks: questions in .jsonl, .json or .csv (MMLU, GSM8K, …)
+    file: str = ""  # instead of tasks: .jsonl, .json or .csv (MMLU, GSM8K, …), or a folder of them
+    examples: str = ""  # the same, for --shots to be drawn from; empty: the questions themselves
     count: int = 50  # questions of each kind, at most
-    ask: Literal["exact", "choice", "choice-per-byte"] = "exact"
+    ask: Literal["exact", "choice", "answer", "answer-per-byte"] = "exact"
     shots: int = 0  # solved examples before each question
     think: bool = False  # ask for steps before the answer
     votes: int = 1  # drawn answers of which the most frequent counts; 1: the likeliest
@@ -339,6 +362,8 @@ class Examine:
     def __post_init__(self):
         if min(self.count, self.votes, self.tokens) < 1 or self.shots < 0:
             raise UserError("--count, --votes and --tokens must be at least 1, --shots at least 0")
+        if self.examples and not self.file:
+            raise UserError("--examples are for the questions of a --file: give both")
         if not self.levels or not all(1 <= n <= 20 for n in self.levels):
             raise UserError("--levels must be numbers from 1 to 20")
         if unknown_names := [name for name in self.tasks if name not in tasks.TASKS]:
@@ -350,8 +375,11 @@ class Examine:
 def questions_of(config: Examine) -> tuple[list[Asked], list[Asked]]:
     """What is asked, and from where examples are drawn."""
     if config.file:
-        every = from_file(Path(config.file))
-        return every[: config.count], every
+        every = from_files(Path(config.file))
+        pool = from_files(Path(config.examples)) if config.examples else every
+        kinds = dict.fromkeys(q.kind for q in every)
+        some = [q for kind in kinds for q in [q for q in every if q.kind == kind][: config.count]]
+        return some, pool
     many = max(8, 2 * config.shots) if config.shots else 0
     return (
         from_tasks(
@@ -366,15 +394,17 @@ def questions_of(config: Examine) -> tuple[list[Asked], list[Asked]]:
     )
 
 
-def examined(writer: Writer, config: Examine) -> list[Result]:
-    """The results of an examination."""
+def examined(writer: Writer, config: Examine, together: str = "") -> list[Result]:
+    """The results of an examination, one for each kind; or one for all together, of that name."""
     questions, pool = questions_of(config)
+    if config.ask.startswith("answer"):
+        questions, pool = [unlisted(q) for q in questions], [unlisted(q) for q in pool]
     how = Manner(config.shots, config.think, chat.knows_roles(writer.tokenizer))
     asked = prompts(writer, questions, pool, how, config.seed)
     if config.ask != "exact":
         if missing := [q for q in questions if not q.choices]:
             raise UserError(f"--ask {config.ask} needs choices, and {missing[0].kind} has none")
-        said = chosen(writer, questions, asked, config.ask == "choice-per-byte")
+        said = chosen(writer, questions, asked, config.ask == "answer-per-byte")
     elif config.votes == 1:
         said = replies(writer, asked, Sampling(greedy=True), config.tokens, config.seed)
     else:
@@ -384,6 +414,8 @@ def examined(writer: Writer, config: Examine) -> list[Result]:
             for vote in range(config.votes)
         ]
         said = [voted(answers) for answers in zip(*each, strict=True)]
+    if together:
+        questions = [q._replace(kind=together) for q in questions]
     return results(questions, said, config.seed)
 
 

@@ -1,14 +1,11 @@
-"""Instruction data: tasks as conversations, in fair shares, and what a model writes itself.
+"""Instruction data: tasks as conversations, and how new a text is.
 
 Idea: to follow instructions is learnt from many kinds of them, asked in many ways: with and without
-solved examples, in one turn and in several, with and without the steps. Kinds come in sizes that
-differ by a thousand, so that each gets a share of examples up to a cap. What a model writes is only
-kept if a checker finds it right and if it is not what was there already.
+solved examples, in one turn and in several, with and without the steps. Each kind gets an equal
+share here; sources of unlike sizes are mixed by size up to a cap (--data.cap).
 
     lesson      a conversation of a few problems of one kind, or of several
-    shares      min(examples, cap), divided by their sum (Raffel et al. 2020, section 3.5.2)
     rouge_l     how alike two texts are, by their longest common subsequence
-    synthesized what a model wrote after a few examples, and why most of it was dropped
 
 Run: python instruct.py                      some lessons
      python instruct.py --out lessons.jsonl    as many as --count, as conversations in JSON lines
@@ -98,29 +95,6 @@ def write(conversations: Sequence[Turns], path: Path) -> None:
         for turns in conversations
     ]
     write_whole(path, ("\n".join(lines) + "\n").encode())
-
-
-# --- fair shares ----------------------------------------------------------------------------------
-
-
-def shares(sizes: dict[str, int], cap: int) -> dict[str, float]:
-    """min(n, cap)/Σ min(n, cap) for each kind of n examples."""
-    if cap < 1 or not any(sizes.values()):
-        raise UserError("a mixture needs a cap of at least 1, and some examples")
-    total = sum(min(n, cap) for n in sizes.values())
-    return {name: min(n, cap) / total for name, n in sizes.items()}
-
-
-def balanced(kinds: dict[str, Sequence[Turns]], count: int, cap: int, seed: int) -> list[Turns]:
-    """`count` conversations in these shares, in an order of chance; small kinds come again."""
-    found = []
-    for name, share in shares({name: len(x) for name, x in kinds.items()}, cap).items():
-        some, rng = list(kinds[name]), random.Random(generator(seed, name).initial_seed())
-        rng.shuffle(some)
-        many = round(share * count)
-        found += (some * (many // max(1, len(some)) + 1))[:many]
-    random.Random(generator(seed, "order").initial_seed()).shuffle(found)
-    return found
 
 
 # --- likeness -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count as count_from
 from typing import Literal, NamedTuple
 
 import tyro
@@ -412,6 +413,21 @@ def facts(seed: int = 0, levels: tuple[int, ...] = (1, 2, 3)) -> Iterator[str]:
                 said.append(FACTS[kind].format(**content, answer=answer))
         yield " ".join(said)
         number += 1
+
+
+FORM = "Question: {question}\nAnswer: {answer}"  # how who is no chat is asked
+
+
+def quiz(seed: int = 0, levels: tuple[int, ...] = (1, 2, 3)) -> Iterator[str]:
+    """Endless texts of four questions about stories, answered, all on the side to learn from."""
+    for number in count_from(0):
+        rng = random.Random(generator(seed, "quiz", number).initial_seed())
+        asked = [
+            problem(rng.choice(("story", "unsaid")), rng.choice(levels), "train", 4 * number + i,
+                    seed + 1)
+            for i in range(4)
+        ]  # fmt: skip
+        yield "\n\n".join(FORM.format(question=p.question, answer=p.answer) for p in asked)
 
 
 @cache

@@ -54,8 +54,9 @@ from step import (
     pick_dtype,
     watched,
 )
-from training import Train, Training, base_of, changes, stored, unchangeable
+from training import WORLD_STEPS, Train, Training, base_of, changes, stored, unchangeable
 from vocabulary import Tokenizer
+from world import judged
 from writer import load_tokenizer
 
 # --- settings -------------------------------------------------------------------------------------
@@ -71,6 +72,8 @@ def parse(
     """
     default, run = Train(), None
     default = replace(default, model=preset_in(arguments, default.model))
+    if value_of("--data.source", arguments) == "world":
+        default = replace(default, steps=WORLD_STEPS)
     if "--resume" in arguments:
         run = resume(value_of("--name", arguments))
         default = stored(run)
@@ -331,12 +334,17 @@ def finish(training: Training, run: Run, seconds: float) -> None:
     if bits := found.get("bits_per_byte"):
         said = f"{bits:.3f} bits = {bits * math.log(2):.3f} nats per byte (lzma: {lzma:.3f} bits)"
     run.log(f"\nheld out: {said}, after {seconds:.0f} seconds of training")
-    for number, text in enumerate(training.sample(), 1):
+    of_world = training.config.data.source == "world"
+    texts = list(training.sample(12, 200) if of_world else training.sample())
+    for number, text in enumerate(texts[:3], 1):
         run.log(f"\n--- sample {number} ---\n{text.strip()}")
+    if of_world:
+        run.log("\n" + judged(texts))
+    example = EXAMPLES[training.config.objective]
     run.log(
         f"\npicture: {training.lead(lambda: str(draw(training, run)))}\n"
         f"more:    {shlex.join(['python', 'generate.py', '--run', run.name])} "
-        f"{EXAMPLES[training.config.objective]}"
+        + (example.replace("Return the", "Once there were") if of_world else example)
     )
 
 

@@ -55,6 +55,8 @@ from step import (
 )  # fmt: skip
 from writer import Writer, load, load_folder, load_weights
 
+WORLD_STEPS = 800  # enough for the stories of world.py, in less than three minutes
+
 
 @dataclass(frozen=True)
 class Train:
@@ -70,7 +72,7 @@ class Train:
     objective: Literal[tuple(OBJECTIVES)] = (
         "causal"  # what to predict: the next token, masked ones, hidden spans, …
     )
-    steps: int = 1600  # updates
+    steps: int = 1600  # updates; 800 for --data.source world
     batch: int = 8  # rows of model.context tokens that go through the model at once
     accumulate: int = 1  # such batches in one update
     ramp_from: int = 0  # rows of the first update, from where they grow; 0: all from the start

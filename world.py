@@ -268,6 +268,16 @@ def read(text: str) -> Reading:
     return reading
 
 
+def judged(texts: list[str]) -> str:
+    """In words, how many of some texts are stories of this world."""
+    found = [read(text) for text in texts]
+    whole, true = sum(r.whole for r in found), sum(r.true for r in found)
+    return (
+        f"read back: {whole} of {len(texts)} stories are whole and keep their characters; "
+        f"in {true} of them nothing is impossible"
+    )
+
+
 # --- questions ------------------------------------------------------------------------------------
 
 

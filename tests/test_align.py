@@ -17,10 +17,10 @@ import generate
 import train
 import writer
 from data import DataConfig, TokenizerConfig, prepare
-from instruct import Lessons, balanced, lessons, rouge_l, shares, write
+from instruct import Lessons, lessons, rouge_l, write
 from kernels.cross_entropy import IGNORE
 from mesh import Group
-from run import RUNS, Run, UserError, load_tensors
+from run import RUNS, Run, load_tensors
 from training import base_of
 
 SMALL = ["--model.dim", "16", "--model.layers", "2", "--model.heads", "2", "--model.context", "512",
@@ -37,7 +37,14 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write(list(lessons(Lessons(("copy", "add"), (1,), 60))), Path("talk.jsonl"))
-        base = ["--data.mix", "stories=world:60", "facts=facts:60", "--name", "base"]
+        base = [
+            "--data.mix",
+            "stories=world:60",
+            "facts=facts:60",
+            "quiz=quiz:60",
+            "--name",
+            "base",
+        ]
         small = ["--steps", "4", "--tokenizer.vocab-size", "300"]
         assert run("train.py", *base, *SMALL, *TINY, *small)[0] == 0
     return folder
@@ -201,16 +208,6 @@ def test_lessons_can_be_made_again_and_are_of_the_side_to_learn_from():
     assert kinds["user"] == kinds["assistant"] > 300 > kinds["system"] > 20
     thinking = [t for turns in some for t in turns if "step by step" in t.text]
     assert 0.3 < len(thinking) / kinds["user"] < 0.7
-
-
-def test_shares_are_of_sizes_up_to_a_cap():
-    found = shares({"a": 10, "b": 1000, "c": 10**6}, cap=1000)
-    assert found == {"a": 10 / 2010, "b": 1000 / 2010, "c": 1000 / 2010}
-    kinds = {"a": [[("user", str(i))] for i in range(10)], "b": [[("user", "b")]] * 90}
-    mixed = balanced(kinds, 300, cap=30, seed=0)
-    assert Counter(t[0][1] == "b" for t in mixed) == {True: 225, False: 75}
-    with pytest.raises(UserError, match="cap of at least 1"):
-        shares({"a": 3}, 0)
 
 
 @pytest.mark.parametrize("a, b, f", [

@@ -564,6 +564,7 @@ def test_what_cannot_be_mixed_is_refused_in_a_sentence(mix):
     assert MIXES[mix] in refusal(lambda: DataConfig(mix=mix))
     assert "give one of them" in refusal(lambda: DataConfig("text", mix=("a=b",)))
     assert "temperature" in refusal(lambda: DataConfig(temperature=0))
+    assert "cap" in refusal(lambda: DataConfig(cap=-1))
 
 
 def test_sources_are_mixed_by_weight_or_size(tmp_path):
@@ -571,10 +572,12 @@ def test_sources_are_mixed_by_weight_or_size(tmp_path):
         lines = [json.dumps({"text": f"{name} {i} {'x' * 90}"}) for i in range(size)]
         write(tmp_path / name / "d.jsonl", "\n".join(lines))
     paths = f"first={tmp_path}/a@b", f"second={tmp_path}/c"
-    for mix, temperature, want in (
-        (paths, 1, 0.8), (paths, 2, 2 / 3), ((f"{paths[0]}@1", f"{paths[1]}@3"), 1, 0.25),
+    for mix, how, want in (
+        (paths, {}, 0.8), (paths, {"temperature": 2}, 2 / 3), (paths, {"cap": 300}, 0.5),
+        (paths, {"cap": 1900}, 2 / 3), (paths, {"cap": 1900, "temperature": 2}, 0.586),
+        ((f"{paths[0]}@1", f"{paths[1]}@3"), {"cap": 5}, 0.25),
     ):  # fmt: skip
-        config = DataConfig(mix=mix, temperature=temperature, held_out=0.1)
+        config = DataConfig(mix=mix, held_out=0.1, **how)
         corpus = prepare(config, BYTES, cache=tmp_path / "cache")
         mixture = Mixture(corpus.train, 60, corpus.tokenizer.end_of_text, 0, corpus.parts)
         assert mixture.weights[0] == pytest.approx(want, abs=0.05)

@@ -174,9 +174,19 @@ def test_questions_come_from_files(tmp_path):
     table.write_text('"Who, when?",Ann,Ben,Cleo,Dan,B\n')
     (found,) = examine.from_file(table)
     assert found.answer == "B" and found.choices == tuple("ABCD") and "B. Ben" in found.question
+    bare = examine.unlisted(found)
+    assert bare.question == "Who, when?" and bare.answer == "Ben"
+    assert bare.choices == ("Ann", "Ben", "Cleo", "Dan") and examine.unlisted(bare) == bare
     one = replace_tokens(writer())
-    results = examined(one, Examine(file=str(table), ask="choice"))
-    assert [(r.kind, r.asked) for r in results] == [("history", 1)]
+    table.write_text('"Who?\nA. or B.",Ann,"Ben\nof X",Cleo,Dan,B\n')
+    (tricky,) = examine.from_file(table)
+    assert tricky.choices == tuple("ABCD")
+    assert examine.unlisted(tricky)[1:3] == ("Who?\nA. or B.", "Ben\nof X")
+    table.write_text('"Who, when?",Ann,Ben,Cleo,Dan,B\n')
+    for ask in ("choice", "answer", "answer-per-byte"):
+        results = examined(one, Examine(file=str(table), ask=ask))
+        assert [(r.kind, r.asked) for r in results] == [("history", 1)]
+    assert results[0].example[1] in bare.choices and results[0].example[2] == "Ben"
     table.write_text("a,b\n")
     with pytest.raises(UserError, match=r"history.csv:1 is not a question"):
         examine.from_file(table)

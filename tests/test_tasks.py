@@ -141,6 +141,17 @@ def test_statements_are_of_the_side_to_learn_from():
         assert side(f"add {' '.join(sorted((a, b)))}") == "train"
 
 
+def test_questions_to_pretrain_on_are_of_the_side_to_learn_from():
+    asked = "\n\n".join(islice(tasks.quiz(), 100)).split("\n\n")
+    assert len(asked) == 400 and asked[:40] == "\n\n".join(islice(tasks.quiz(), 10)).split("\n\n")
+    held = {problem(name, level, "test", n, asked="train").question
+            for name in ("story", "unsaid") for level in (1, 2) for n in range(300)}  # fmt: skip
+    for text in asked:
+        question, answer = re.fullmatch(r"Question: (.+)\nAnswer: (.+)", text).groups()
+        assert answer == "I don't know" or answer.removeprefix("the ") in question
+        assert question not in held
+
+
 @given(names, numbers)
 def test_a_right_reply_is_worth_more_than_a_wrong_one(name, number):
     asked = problem(name, 2, "train", number)
