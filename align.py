@@ -34,10 +34,8 @@ from instruct import Lessons, lessons, write
 from run import RUNS, Run, UserError, check_free, fingerprint, main, table, write_json
 
 # A base for the tasks: stories, statements in which their words occur, and what a question is.
-BASE = ("train.py", "--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:@1",
-        "--name", "base",
-        "--model.context", "512", "--batch", "4",
-        "--steps", "2000")  # fmt: skip
+BASE = ("train.py", "--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:4000@1",
+        "--name", "base", "--model.context", "512", "--batch", "4", "--steps", "2000")  # fmt: skip
 
 
 @dataclass(frozen=True)

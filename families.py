@@ -1,4 +1,4 @@
-"""Families of models: what the files of GPT-2, Llama, Mistral, BERT, T5 and BLOOM call our parts.
+"""Families of models: what files of GPT-2, Llama, Mistral, Qwen3, BERT, T5, BLOOM call our parts.
 
 Idea: all of them are our transformer with other words. A `Family` is a table of settings (theirs in
 config.json, ours in ModelConfig), one of names (of their tensors, of ours), and a list of what its
@@ -9,8 +9,8 @@ Run: python -m pytest tests/test_model_files.py
 
 To add a family: a `Family` and its entry in FAMILIES; the tests then ask for its counterpart.
 
-Formats: the sources of transformers' GPT2Config, LlamaConfig, MistralConfig, BertConfig, T5Config
-and BloomConfig, and of the models beside them.
+Formats: the sources of transformers' GPT2Config, LlamaConfig, MistralConfig, Qwen3Config,
+BertConfig, T5Config and BloomConfig, and of the models beside them.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,9 +76,9 @@ def named(
     """Tensors of theirs and what of ours they hold, N standing for a block's number.
 
     Several names of ours: these side by side. None: it is no weight, such as a mask, or that of a
-    head. "=name": that tensor once more. Modules, below a prefix of theirs and one of ours, have a
-    weight and perhaps a bias; gamma and beta are what TensorFlow called them, and BERT's first
-    files.
+    head. "=name": that tensor once more; "=1": what our models leave out, as if it were all ones.
+    Modules, below a prefix of theirs and one of ours, have a weight and perhaps a bias; gamma and
+    beta are what TensorFlow called them, and BERT's first files.
     """
     kinds = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
     return {theirs: tuple(ours.split()) for theirs, ours in tensors.items()} | {
@@ -141,6 +141,13 @@ def read_window(hf: dict, out: dict[str, Any], where: Path) -> dict[str, Any]:
 
 def write_window(settings: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": settings["window"] if settings["attention"] == "sliding" else None}
+
+
+def read_layers(hf: dict, out: dict[str, Any], where: Path) -> dict[str, Any]:
+    """What each layer looks at: all of them at everything."""
+    alike = ["full_attention"] * out["layers"]
+    check("layer_types", hf.get("layer_types"), [None, alike], where)
+    return {}
 
 
 def read_scale(hf: dict, out: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -249,6 +256,23 @@ MISTRAL = LLAMA._replace(
     architectures={(): "MistralForCausalLM"},
     parts=(LLAMA.parts[0], Part(("attention", "window"), read_window, write_window)),
     free_width=True,
+)  # fmt: skip
+QWEN3 = MISTRAL._replace(
+    always={**MISTRAL.always, "qk_norm": True},
+    settings={
+        **MISTRAL.settings, "kv_heads": ("num_key_value_heads", 32),
+        "head_width": ("head_dim", 128), "context": ("max_position_embeddings", 32768),
+    },
+    only={theirs: known for theirs, known in LLAMA.only.items() if theirs != "layer_types"} | {
+        "attention_bias": False, "use_sliding_window": False,
+    },
+    written={"model_type": "qwen3"},
+    architectures={(): "Qwen3ForCausalLM"},
+    names={
+        **LLAMA.names, "layers.N.self_attn.q_norm.weight": ("=1",),
+        "layers.N.self_attn.k_norm.weight": ("=1",),
+    },
+    parts=(LLAMA.parts[0], Part((), read_layers, lambda settings: {})),
 )  # fmt: skip
 BERT = Family(
     always={
@@ -418,6 +442,6 @@ BLOOM = Family(
     by_head=True,
 )  # fmt: skip
 FAMILIES = {
-    "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "bert": BERT, "t5": T5, "t5 v1.1": T5_1_1,
-    "bloom": BLOOM,
+    "gpt2": GPT2, "llama": LLAMA, "mistral": MISTRAL, "qwen3": QWEN3, "bert": BERT, "t5": T5,
+    "t5 v1.1": T5_1_1, "bloom": BLOOM,
 }  # fmt: skip

@@ -32,9 +32,7 @@ class GuardConfig:
     """What counts as a spike or a failure, and what is done about it."""
 
     window: int = 50  # updates that a loss and a gradient are compared with; 0: no guard
-    spike: float = (
-        7.0  # deviations above the median that make a spike (of a norm half as many more)
-    )
+    spike: float = 7.0  # deviations above the median that make a spike (of a norm thrice as many)
     skip: int = 4  # updates whose rows are passed over: the one with the spike and those before
     patience: int = 3  # evaluations above their forecast after which a run is stopped; 0: never
     ranks: int = 100  # updates between looks whether processes still hold the same; 0: never
@@ -56,7 +54,7 @@ LEAST = 20  # updates whose median counts, and without which nothing is a spike 
 NORMAL = 1.4826  # standard deviations that a median absolute deviation is, where noise is normal
 LIMITS = {  # least deviation, as a share of the value; limit as a multiple of `spike`
     "loss": (0.02, 1.0),
-    "gradient's norm": (0.1, 1.5),  # whose noise has long tails
+    "gradient's norm": (0.1, 3.0),  # whose noise has long tails where texts are of many kinds
 }
 AGAIN = 3  # spikes behind one checkpoint that make it a run which diverges
 

@@ -1,4 +1,4 @@
-"""Model files: folders of GPT-2, Llama, Mistral, BERT, T5 and BLOOM in our names, and back.
+"""Model files: folders of GPT-2, Llama, Mistral, Qwen3, BERT, T5, BLOOM in our names, and back.
 
 Idea: such a folder is a config.json, which says what the model is, and *.safetensors files, which
 hold its tensors: a table of names, types, shapes and places, then nothing but numbers. What each
@@ -224,9 +224,10 @@ class Weights:
                     raise UserError(f"{path}: {name} holds a number that is not finite")
         for path, name, ours, x in () if meta else again:
             ours = "embedding" if ours == "head" else ours
-            own = out.get(ours)
+            own = torch.ones(x.shape) if ours == "1" else out.get(ours)
             if own is None or own.shape != x.shape or not own.equal(x.float()):
-                raise UserError(f"{path}: {name} is not the {ours}, as it should be")
+                what = "all ones" if ours == "1" else f"the {ours}"
+                raise UserError(f"{path}: {name} is not {what}, as it should be")
         return out
 
     def has_own_head(self, shape: tuple[int, int]) -> bool:
@@ -294,6 +295,8 @@ def exported(
         prefix = "" if theirs.startswith(BARE) else family.prefix
         for n in range(settings["layers"]) if ".N." in theirs else (0,):
             parts = [left.pop(name.replace(".N.", f".{n}."), None) for name in ours]
+            if ours == ("=1",):
+                parts = [torch.ones(settings["head_width"] or settings["dim"] // settings["heads"])]
             if parts and parts[0] is not None:
                 x = turned(family, ours[0], joined(parts, groups).float())
                 out[prefix + theirs.replace(".N.", f".{n}.")] = x

@@ -25,7 +25,7 @@ def shapes(**more):
         "tied": st.booleans(),
         "norm_eps": st.sampled_from([1e-6, 1e-5, 1e-2]),
     }
-    return st.builds(ModelConfig, qk_norm=st.just(False), **(sizes | more))
+    return st.builds(ModelConfig, **({"qk_norm": st.just(False)} | sizes | more))
 
 
 @st.composite
@@ -56,6 +56,7 @@ CONFIGS = {
             **ROPED,
         )
     ),
+    "qwen3": grouped(shapes(qk_norm=st.just(True), **ROPED)),
     "bert": shapes(
         arch=st.just("encoder"), order=st.just("post"), position=st.just("learned"),
         embed_norm=st.just(True), segments=st.integers(1, 3), tied=st.just(True),
@@ -75,7 +76,7 @@ CONFIGS = {
         ffn_dim=st.just(0), dim=st.just(24), heads=st.sampled_from([1, 2, 3, 6]), **LAYERNORM,
     ),
 }  # fmt: skip
-DECODERS = ["gpt2", "llama", "mistral", "bloom"]
+DECODERS = ["gpt2", "llama", "mistral", "qwen3", "bloom"]
 
 
 def shaken(model, seed):
@@ -138,6 +139,7 @@ SHAPES = {
     "llama": SMALL,
     "gpt2": replace(SMALL, **GPT, position="learned"),
     "mistral": replace(SMALL, attention="sliding", window=3, head_width=6),
+    "qwen3": replace(SMALL, qk_norm=True, head_width=6),
     "bert": replace(
         SMALL, **GPT, position="learned", arch="encoder", order="post", embed_norm=True, segments=2
     ),

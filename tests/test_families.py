@@ -77,6 +77,7 @@ THEIRS = {
     "mistral": ("MistralForCausalLM", lambda c: {
         **their_llama(c), "sliding_window": c.window if c.attention == "sliding" else None
     }),
+    "qwen3": ("Qwen3ForCausalLM", lambda c: {**their_llama(c), "head_dim": c.head_dim}),
     "bert": ("BertModel", lambda c: {
         "hidden_size": c.dim, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
         "intermediate_size": c.ffn_dim, "max_position_embeddings": c.context,
@@ -104,7 +105,15 @@ def theirs(transformers, kind, config, seed):
     model = kinds(kinds.config_class(**values(config), **none)).eval()
     if kind == "t5" and not config.tied:
         model.lm_head.weight = torch.nn.Parameter(torch.zeros(config.vocab_size, config.dim))
-    return shaken(model, seed)
+    return with_ones(shaken(model, seed))
+
+
+def with_ones(model):
+    """Qwen3's norms of queries and keys have weights there, which are ones here."""
+    for name, p in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            p.data = torch.ones_like(p)
+    return model
 
 
 # --- against transformers -------------------------------------------------------------------------
@@ -133,7 +142,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     assert_close(*logits, 1e-5)
     for p in other.parameters():
         p.data = torch.zeros_like(p) if p.grad is None else p.grad
-    other.save_pretrained(folder / "gradients")
+    with_ones(other).save_pretrained(folder / "gradients")
     want = dict(Transformer.load(folder / "gradients").named_parameters())
     for name, p in model.named_parameters():
         assert_close(p.grad, want[name], 1e-5)
@@ -280,7 +289,7 @@ def test_where_a_config_is_silent_transformers_default_holds(transformers, kind)
         assert default.to_dict().get(key) in (None, value)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
 def test_a_config_that_says_nothing_of_rope_or_window_has_transformers_own(transformers, kind):
     needed = [theirs for theirs, value in FAMILIES[kind].settings.values() if value is None]
     _, read = read_settings({"model_type": kind} | dict.fromkeys(needed, 8), Path("config.json"))

@@ -273,6 +273,7 @@ def test_what_cannot_be_read_gets_one_sentence(case, tmp_path):
 GPT2_BIAS, BLOOM_QKV = "h.0.attn.c_attn.bias", "h.0.self_attention.query_key_value.weight"
 T5_COPY, BERT_COPY = "encoder.embed_tokens.weight", "cls.predictions.decoder.weight"
 CROSS = "decoder.block.1.layer.1.EncDecAttention.k.weight"
+Q_NORM = "model.layers.1.self_attn.q_norm.weight"
 BAD_OF = [
     ("gpt2", edit(scale_attn_by_inverse_layer_idx=True), "only false"),
     ("gpt2", edit(scale_attn_weights=False), "only true"),
@@ -286,6 +287,10 @@ BAD_OF = [
     ("mistral", edit(sliding_window="3"), "sliding_window cannot be '3'"),
     ("mistral", edit(layer_types=["full_attention"] * 2), "layer_types .* is not supported"),
     ("mistral", edit(num_key_value_heads=...), "kv-heads 8"),
+    ("qwen3", edit(layer_types=["full_attention", "sliding_attention"]), "layer_types .* is not"),
+    ("qwen3", edit(layer_types=3), "layer_types 3 is not"),
+    ("qwen3", edit(use_sliding_window=True), "use_sliding_window True is not"),
+    ("qwen3", tensors(lambda t: t.update({Q_NORM: t[Q_NORM] * 1.01})), f"{Q_NORM} is not all ones"),
     ("bert", edit(position_embedding_type="relative_key"), "'relative_key' is not .* only \"abs"),
     ("bert", edit(is_decoder=True), "is_decoder True is not supported, only false"),
     ("bert", edit(add_cross_attention=True), "add_cross_attention True"),
