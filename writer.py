@@ -6,7 +6,7 @@ for nothing, and that weights, settings and tokenizer belong together.
 Run: python writer.py --run base --out folder       the run as such a folder
 
 What it writes other programs read: `transformers`, or EleutherAI's harness by
-`lm_eval --model hf --model_args pretrained=folder --tasks arc_easy`.
+`lm_eval --model hf --model_args pretrained=folder,add_bos_token=True --tasks arc_easy`.
 """
 
 from collections.abc import Callable, Sequence

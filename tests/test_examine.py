@@ -66,6 +66,34 @@ def test_log_likelihoods_are_those_of_transformers(tmp_path):
         assert abs(ours - right) < 1e-5 * len(b)
 
 
+def test_log_likelihoods_are_those_of_the_harness(tmp_path):
+    """EleutherAI's lm-evaluation-harness, on the folder that a run is written to."""
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    one = writer()
+    one.model.save(tmp_path / "model", end=256)
+    one.tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
+         "eos_token": END_OF_TEXT}
+    ))  # fmt: skip
+    theirs = models.HFLM(str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=3,
+                         add_bos_token=True)  # fmt: skip
+    rng = random.Random(0)
+
+    def text(letters):
+        return "".join(rng.choices(letters, k=rng.randint(1, 30)))
+
+    pairs = [(f"{text('ab cd?')}:", f" {text('xyz')}") for _ in range(20)]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    right = [log_p for log_p, _ in theirs.loglikelihood(asked, disable_tqdm=True)]
+    found = log_likelihoods(one, [[256, *one.tokenizer.encode(a)] for a, _ in pairs],
+                            [one.tokenizer.encode(b) for _, b in pairs])  # fmt: skip
+    for (_, b), ours, other in zip(pairs, found.tolist(), right, strict=True):
+        assert abs(ours - other) < 1e-5 * len(b)
+
+
 def test_answers_do_not_depend_on_what_stands_beside():
     one, rng = writer(talks=True), random.Random(0)
     asked = [[256, *rng.choices(range(256), k=rng.randint(1, 60))] for _ in range(90)]
