@@ -29,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,7 +102,9 @@ def from_file(path: Path) -> list[Asked]:
 
     UserError for what cannot be read, with the place.
     """
-    found, kind = [], re.sub("_(dev|val|test|train)$", "", path.stem)
+    found, side = [], "(dev|val|test|train)$"  # of which both have the same kind
+    kind = re.sub(f"_{side}", "", path.stem)
+    kind = path.absolute().parent.name if re.fullmatch(side, kind) else kind
     for where, turns in chat.conversations(path):
         if isinstance(turns, str):
             raise UserError(f"{where} {turns}")
@@ -160,24 +163,26 @@ def prompts(
 ) -> list[list[int]]:
     """Each question behind examples of its own kind, drawn for it from the pool.
 
-    UserError if there are too few, or if it does not fit into the context.
+    UserError if there are too few.
     """
-    found, context = [], writer.model.config.context
+    found, kinds = [], {kind: [] for kind in dict.fromkeys(q.kind for q in questions)}
+    for one in pool:
+        kinds.setdefault(one.kind, []).append(one)
     for number, asked in enumerate(questions):
-        own = [one for one in pool if one.kind == asked.kind and one.question != asked.question]
+        own = [one for one in kinds[asked.kind] if one.question != asked.question]
         if len(own) < how.shots:
             raise UserError(
                 f"--shots {how.shots} are more than the {len(own)} examples of {asked.kind}"
             )
         rng = random.Random(generator(seed, "shots", number).initial_seed())
-        ids = prompt(writer, asked, how, rng.sample(own, how.shots))
-        if len(ids) >= context:
-            raise UserError(
-                f"a question of {asked.kind} with {how.shots} examples has {len(ids):,} tokens, "
-                f"more than the model's context of {context:,}: take fewer --shots"
-            )
-        found.append(ids)
+        found.append(prompt(writer, asked, how, rng.sample(own, how.shots)))
     return found
+
+
+def fits(writer: Writer, asked: Asked, ids: list[int]) -> bool:
+    """Is there room behind the question for its longest choice, or for a token?"""
+    longest = max((len(writer.tokenizer.encode(f" {one}")) for one in asked.choices), default=1)
+    return len(ids) + longest <= writer.model.config.context
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -307,7 +312,14 @@ def leak_check(run: Run, writer: Writer, questions: Sequence[Asked]) -> str:
 
 
 def bootstrap(marks: Sequence[bool], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """Where the true share lies in 95 of 100 cases (Efron 1979): questions are drawn again."""
+    """Where the true share lies in 95 of 100 cases (Efron 1979): questions are drawn again.
+
+    Where all answers are right, or all wrong, that says nothing: then all shares that would give n
+    of them in a row in more than 5 of 100 cases, pⁿ > 0.05 (Hanley and Lippman-Hand 1983).
+    """
+    if len(set(marks)) == 1:
+        least = 0.05 ** (1 / len(marks))
+        return (least, 1.0) if marks[0] else (0.0, 1 - least)
     x = torch.tensor(marks, dtype=torch.float64)
     at = torch.randint(len(x), (draws, len(x)), generator=generator(seed, "bootstrap"))
     low, high = x[at].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -401,6 +413,13 @@ def examined(writer: Writer, config: Examine, together: str = "") -> list[Result
         questions, pool = [unlisted(q) for q in questions], [unlisted(q) for q in pool]
     how = Manner(config.shots, config.think, chat.knows_roles(writer.tokenizer))
     asked = prompts(writer, questions, pool, how, config.seed)
+    fitting = [fits(writer, q, ids) for q, ids in zip(questions, asked, strict=True)]
+    if not all(fitting):
+        long = f"longer than the model's context of {writer.model.config.context:,} tokens"
+        if not any(fitting):
+            raise UserError(f"all questions are {long}, with {config.shots} examples")
+        print(f"left out {fitting.count(False)} of {len(questions)} questions: {long}")
+        questions, asked = list(compress(questions, fitting)), list(compress(asked, fitting))
     if config.ask != "exact":
         if missing := [q for q in questions if not q.choices]:
             raise UserError(f"--ask {config.ask} needs choices, and {missing[0].kind} has none")
@@ -444,7 +463,8 @@ def draw(found: dict[str, Sequence[Result]], path: Path, title: str) -> None:
             axes.bar(x, y, width, yerr=far, capsize=2, color=colors[i % 4], label=name)
         axes.set(xticks=range(len(kinds)), ylim=(0, 105), ylabel="right answers, %", title=title)
         axes.set_xticklabels(kinds, rotation=30, ha="right")
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.05), ncol=len(found))
+        if len(found) > 1:
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.05), ncol=len(found))
 
 
 def writer_of(run: str, model: str, device: str) -> Writer:

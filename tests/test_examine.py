@@ -140,12 +140,17 @@ def test_examples_stand_before_the_question_and_are_drawn_by_the_seed():
     assert sum(i >= 257 for i in talk) == 2 * 5 + 1
 
 
-def test_what_cannot_be_asked_is_told():
+def test_what_cannot_be_asked_is_told(tmp_path, capsys):
     one = writer()
     with pytest.raises(UserError, match="more than the 11 examples of k"):
         prompts(one, QUESTIONS, QUESTIONS, Manner(shots=12), 0)
-    with pytest.raises(UserError, match="take fewer --shots"):
-        prompts(one, [Asked("k", "x" * 600, "y")], [], Manner(), 0)
+    table = tmp_path / "long.csv"
+    table.write_text(f"{'x' * 600},a,b,c,d,B\n")
+    with pytest.raises(UserError, match="all questions are longer than the model's context of 512"):
+        examined(one, Examine(file=str(table)))
+    table.write_text(f"{'x' * 600},a,b,c,d,B\n" + f"Why?,{'y' * 500},b,c,d,B\nWhy?,a,b,c,d,B\n")
+    (found,) = examined(one, Examine(file=str(table), ask="answer", tokens=3))
+    assert found.asked == 1 and "left out 2 of 3 questions" in capsys.readouterr().out
     with pytest.raises(UserError, match="no task 'dance'"):
         Examine(tasks=("dance",))
     with pytest.raises(UserError, match="add has none"):
@@ -174,9 +179,10 @@ def test_what_was_trained_on_is_found(tmp_path):
 
 @pytest.mark.parametrize("marks", [[True] * 30, [False] * 30, [True, False] * 40])
 def test_the_interval_holds_the_share(marks):
+    assert bootstrap([True] * 10) == (0.05**0.1, 1.0) and bootstrap([False]) == (0.0, 0.95)
     low, high = bootstrap(marks)
     assert low <= sum(marks) / len(marks) <= high
-    assert (low == high) == (len({*marks}) == 1)
+    assert low < high
 
 
 def test_the_interval_holds_the_truth_in_about_95_of_100_cases():
@@ -198,6 +204,10 @@ def test_questions_come_from_files(tmp_path):
     (found,) = examine.from_file(path)
     assert (found.kind, found.answer, found.choices) == ("gsm", "5", ())
     assert found.worked.endswith("So the answer is 5.")
+    for name in ("test.jsonl", "gsm_train.jsonl"):
+        path.rename(tmp_path / name)
+        assert examine.from_files(tmp_path)[0].kind == (tmp_path.name if name[0] == "t" else "gsm")
+        (tmp_path / name).rename(path)
     table = tmp_path / "history.csv"
     table.write_text('"Who, when?",Ann,Ben,Cleo,Dan,B\n')
     (found,) = examine.from_file(table)
