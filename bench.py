@@ -8,6 +8,7 @@ Run: python bench.py                       an update, learning a tokenizer, enco
      python bench.py --only update         against the same network in plain torch
      python bench.py --only tokenizer      against Hugging Face's tokenizers and tiktoken
      python bench.py --only dedup          finding near-copies, against datasketch
+     python bench.py --only sampling       many texts at once, against one by one without a cache
 
 The kernels have a bench of their own, python -m kernels.bench, and so has writing,
 python generate.py --bench gpt2.
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from bpe import BPE
 from dedup import Forest, Likeness, clusters, jaccard, words_of
 from documents import prose
+from generate import Sampling, generate
 from model import (
     ACTIVATIONS,
     ModelConfig,
@@ -67,17 +69,19 @@ PLAIN = {  # what the network in plain torch can be
 class Bench:
     """Time the parts against what one would use instead, alternating in one process."""
 
-    only: Literal["", "update", "tokenizer", "dedup"] = ""  # one of the parts; empty: all
+    only: Literal["", "update", "tokenizer", "dedup", "sampling"] = ""  # one part; empty: all
     model: ModelConfig = ModelConfig(dim=384, layers=6, heads=6, vocab_size=257)
     batch: int = 12  # rows of an update
+    texts: int = 64  # that are written at once
+    tokens: int = 128  # of each of them
     rounds: int = 9  # times that every side of the update is measured; a third for the others
     megabytes: int = 40  # of this Python's own source for the tokenizer; a quarter for near-copies
     device: str = "auto"  # of the update: auto, cpu, cuda or mps
     compile: bool = False  # torch.compile for the plain network
 
     def __post_init__(self):
-        if self.rounds < 1 or self.batch < 1 or self.megabytes < 1:
-            raise UserError("--rounds, --batch and --megabytes must each be at least 1")
+        if min(self.rounds, self.batch, self.megabytes, self.texts, self.tokens) < 1:
+            raise UserError("all numbers of a bench must be at least 1")
         for name, known in PLAIN.items():
             if (value := getattr(self.model, name)) not in known:
                 have = " or ".join(map(str, known))
@@ -392,7 +396,38 @@ def of_dedup(config: Bench) -> Iterator[Comparison]:
     yield Comparison("near-copies", ours, "datasketch", theirs, megabytes, "MB/s")
 
 
-PARTS = {"update": of_update, "tokenizer": of_tokenizer, "dedup": of_dedup}
+# --- writing --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def one_by_one(model: Transformer, prompts: list[list[int]], tokens: int) -> None:
+    """As a plain loop writes: each token from all before it, each text by itself."""
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(tokens):
+            last = model(ids[:, -model.config.context :])[:, -1]
+            ids = torch.cat((ids, model.logits(last).softmax(-1).multinomial(1)), 1)
+
+
+def of_sampling(config: Bench) -> Iterator[Comparison]:
+    """The model of train.py, in fp32 on the CPU; of the slow side one text, counted as all."""
+    model, prompts = Transformer(ModelConfig(vocab_size=2048)).eval(), [[0]] * config.texts
+    how = Sampling(1.0, top_p=1.0)
+    times = race(
+        {
+            "ours": lambda: list(generate(model, prompts, config.tokens, how, set(), 0)),
+            "theirs": lambda: one_by_one(model, prompts[:1], config.tokens),
+        },
+        -(-config.rounds // 3), warm_up=1,
+    )  # fmt: skip
+    theirs = [config.texts * seconds for seconds in times["theirs"]]
+    work = config.texts * config.tokens
+    yield Comparison("sampling", times["ours"], "one by one", theirs, work, "tokens/s")
+
+
+PARTS = {
+    "update": of_update, "tokenizer": of_tokenizer, "dedup": of_dedup, "sampling": of_sampling
+}  # fmt: skip
 
 
 def bench() -> None:

@@ -1,6 +1,7 @@
 """The repository keeps its promises: the ladder of imports, the commands, the README's facts."""
 
 import ast
+import json
 import multiprocessing
 import os
 import re
@@ -71,7 +72,7 @@ SMALL = "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16"
 TINY = {
     "train.py": f"--steps 2 --batch 2 {SMALL}",
     "generate.py": "--tokens 5",
-    "bench.py": f"--rounds 1 --megabytes 1 {SMALL}",
+    "bench.py": f"--rounds 1 --megabytes 1 --texts 2 --tokens 4 {SMALL}",
     "recompute.py": f"--batch 2 --rounds 1 {SMALL}",
     "data.py": "--tokenizer.vocab-size 300",
     "scaling.py": "",
@@ -158,8 +159,14 @@ def workplace(tmp_path_factory):
     some = [[Turn("user", f"Why {n}?\nA. so\nB. no"), Turn("assistant", "A")] for n in range(400)]
     for name in ("questions.jsonl", "conversations.jsonl"):
         write(some, folder / name)
+    alpaca = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(400)]
+    (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
+    for side in ("dev", "test"):
+        (folder / "mmlu" / side).mkdir(parents=True)
+        rows = [f"Why {n}?,a,b,c,d,B\n" for n in range(6)]
+        (folder / "mmlu" / side / f"history_{side}.csv").write_text("".join(rows))
     base = (
-        "python train.py --data.mix stories=world:60 facts=facts:60 --name base --model.no-qk-norm "
+        "python train.py --data.mix stories=world:60 facts=facts:60 --name base "
         "--tokenizer.vocab-size 400"
     )
     assert tried(base, folder, TINY["train.py"] + " --model.context 1024") == 0
