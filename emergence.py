@@ -8,12 +8,13 @@ so plain that it can be checked.
               loss falls smoothly, and what it is asked for comes all at once.
     thought   Chain of thought: one and the same model, asked for a sum at once, step by step, and
               several times with a vote.
-    tuning    Instruction tuning: pairs of operations in words that no lesson had, by the number of
-              tasks that were taught; against the base model with four examples.
+    tuning    Instruction tuning: pairs of operations, and wordings, that no lesson had, by the
+              number of tasks that were taught; against the base model with four examples.
 
-Run: python emergence.py shots          two minutes
-     python emergence.py thought        some minutes
-     python emergence.py tuning         a quarter of an hour
+Run: python emergence.py                one model that learns to look back, in a minute
+     python emergence.py shots          five minutes on two cores
+     python emergence.py thought        five minutes
+     python emergence.py tuning         eight minutes, and as many for the base, once
      python emergence.py thought --seeds 5
 
 Papers: Brown et al. 2020 (arXiv 2005.14165); Olsson et al. 2022, induction heads (arXiv
@@ -336,13 +337,8 @@ def of_tuning(config: Tuning) -> None:
     shares = {
         name: [with_interval(x) for x in zip(*each, strict=True)] for name, each in found.items()
     }
-    print(
-        "\n"
-        + table(
-            ("right answers", *UNSEEN),
-            *((name, *(in_percent(*x) for x in each)) for name, each in shares.items()),
-        )
-    )
+    lines = ((name, *(in_percent(*x) for x in each)) for name, each in shares.items())
+    print("\n" + table(("right answers", *UNSEEN), *lines))
     draw_tuning(shares, path := RUNS / "tuning.png")
     print(f"\npicture: {path}")
 
@@ -368,8 +364,8 @@ SHOWS = {
 
 
 def script() -> None:
-    """Without arguments: shots, with fewer steps."""
-    what, *arguments = sys.argv[1:] or ["shots", "--steps", "600", "--sizes", "1x64", "2x64"]
+    """Without arguments: shots, by one size."""
+    what, *arguments = sys.argv[1:] or ["shots", "--sizes", "2x64"]
     if what in ("-h", "--help"):
         return print(__doc__)
     if what not in SHOWS:
