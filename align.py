@@ -31,11 +31,12 @@ import tasks
 from data import CACHE
 from examine import Examine, Result, examined, writer_of
 from instruct import Lessons, lessons, write
-from run import RUNS, Run, UserError, check_free, fingerprint, main, table, write_json
+from run import RUNS, Run, UserError, check_free, fingerprint, main, step_of, table, write_json
+from training import stored
 
 # A base for the tasks: stories, statements in which their words occur, and what a question is.
-BASE = ("train.py", "--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:4000@1",
-        "--name", "base", "--model.context", "512", "--batch", "4", "--steps", "2000")  # fmt: skip
+BASE = ("--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:4000@1",
+        "--model.context", "512", "--batch", "4", "--steps", "2000")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,22 @@ def free(name: str) -> str:
     return next(one for one in names if not (RUNS / one).exists())
 
 
+def finished(run: Run) -> bool:
+    return any(step_of(one) == stored(run).steps for one in run.checkpoints())
+
+
+def trained(name: str, *words: str) -> str:
+    """The run of this name; trained now if there is none, or on from where it was stopped."""
+    if not (RUNS / name / "config.json").is_file():
+        start("train.py", "--name", name, *words)
+    elif not finished(Run.open(name)):
+        start("train.py", "--resume", "--name", name)
+    return name
+
+
 def base_run(name: str) -> str:
-    """The base to begin with; trained now if there is none."""
-    if not name and not (RUNS / "base" / "config.json").is_file():
-        start(*BASE)
-    return name or "base"
+    """The base to begin with."""
+    return name or trained("base", *BASE)
 
 
 def lessons_file(how: Lessons) -> Path:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import examine
 import tasks
-from align import base_run, lessons_file, start
+from align import base_run, lessons_file, trained
 from evaluate import interval
 from examine import Examine, examined, writer_of
 from instruct import Lessons
@@ -229,16 +229,14 @@ WAYS = {"at once": {}, "step by step": {"think": True}, "by vote": {"think": Tru
 
 
 def taught(config: Thought, seed: int) -> str:
-    """A run that has learnt sums; the one from before, if it is there."""
-    name = f"thought-{config.steps}-{seed}"
-    if not (RUNS / name / "loss.png").is_file():
-        lessons = Lessons(("add",), config.digits, 20_000, turns=1, seed=seed)
-        start("train.py", "--name", name, "--objective", "chat", "--data.form", "chat",
-              "--data.path", str(lessons_file(lessons)), "--tokenizer.vocab-size", "320",
-              "--model.dim", "96", "--model.layers", "3", "--batch", "16",
-              "--steps", str(config.steps), "--seed", str(seed), "--device", config.device,
-              "--evaluate-every", "400")  # fmt: skip
-    return name
+    """A run that has learnt sums."""
+    lessons = Lessons(("add",), config.digits, 20_000, turns=1, seed=seed)
+    return trained(
+        f"thought-{config.steps}-{seed}", "--objective", "chat", "--data.form", "chat",
+        "--data.path", str(lessons_file(lessons)), "--tokenizer.vocab-size", "320", "--model.dim",
+        "96", "--model.layers", "3", "--batch", "16", "--steps", str(config.steps), "--seed",
+        str(seed), "--device", config.device, "--evaluate-every", "400",
+    )  # fmt: skip
 
 
 def of_thought(config: Thought) -> None:
@@ -301,13 +299,12 @@ def curriculum(count: int, seed: int) -> tuple[str, ...]:
 
 
 def tuned(config: Tuning, base: str, count: int, seed: int) -> str:
-    name = f"tuning-{count}-{config.steps}-{seed}"
-    if not (RUNS / name / "loss.png").is_file():
-        lessons = lessons_file(Lessons(curriculum(count, seed), seed=seed))
-        start("train.py", "--base", base, "--name", name, "--objective", "chat", "--data.form",
-              "chat", "--data.path", str(lessons), "--steps", str(config.steps), "--batch", "4",
-              "--seed", str(seed), "--device", config.device)  # fmt: skip
-    return name
+    lessons = Lessons(curriculum(count, seed), seed=seed)
+    return trained(
+        f"tuning-{count}-{config.steps}-{seed}", "--base", base, "--objective", "chat",
+        "--data.form", "chat", "--data.path", str(lessons_file(lessons)), "--steps",
+        str(config.steps), "--batch", "4", "--seed", str(seed), "--device", config.device,
+    )  # fmt: skip
 
 
 PAIRS_OF = {"tasks": tuple(tasks.composed("test")), "wording": "known"}

@@ -131,6 +131,17 @@ def test_what_is_cut_and_what_cannot_be_read_is_said(folder):
     assert "left out 1 × more than 512 tokens" in out and 'talk.jsonl:62 "output" is missing' in out
 
 
+def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_used(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(align, "start", lambda *words: calls.append(words))
+    assert align.trained("base", "--steps", "4") == "base" and not calls
+    shutil.rmtree(Run.open("base").newest())
+    align.trained("base")
+    align.trained("other", "--steps", "3")
+    assert calls == [("train.py", "--resume", "--name", "base"),
+                     ("train.py", "--name", "other", "--steps", "3")]  # fmt: skip
+
+
 def test_one_conversation_is_too_few(folder):
     write(list(lessons(Lessons(("copy",), (1,), 2)))[:1], Path("talk.jsonl"))
     assert "one conversation" in tune("--name", "few")[2]
