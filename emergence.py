@@ -263,9 +263,11 @@ def of_thought(config: Thought) -> None:
 
 def draw_ways(digits: Sequence[int], shares: dict, path: Path) -> None:
     with picture(path) as (axes,):
-        for (way, each), color in zip(shares.items(), COLORS[::2], strict=False):
+        looks = zip(shares.items(), COLORS[::2], (6, 10, 5), strict=False)
+        for (way, each), color, size in looks:  # of unlike size, as they may lie on each other
             y, far = ([100 * x[i] for x in each] for i in (0, 1))
-            axes.errorbar(digits, y, far, fmt="o-", capsize=3, color=color, label=way)
+            axes.errorbar(digits, y, far, fmt="o-", capsize=3, color=color, label=way,
+                          markersize=size, linewidth=size / 3)  # fmt: skip
         axes.set(title="One model, asked in three ways", xlabel="digits of the numbers to add",
                  ylabel="right answers, %", xticks=digits, ylim=(0, 105))  # fmt: skip
         axes.legend(frameon=False)

@@ -47,7 +47,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "schedule",
         "ranks",
     ],
-    ["merges", "vocabulary", "sparse", "tasks"],
+    ["merges", "vocabulary", "sparse", "tasks", "policy"],
     ["bpe", "chat", "positions", "model_files", "data_parallel"],
     ["attention"],
     ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "unigram_learning"],
