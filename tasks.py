@@ -539,8 +539,12 @@ class Rater:
     bias: float = 0.0  # added to all
     length: float = 0.0  # added for each hundred letters
 
+    def felt(self, asked: Problem, reply: str, criterion: str = "helpful") -> float:
+        """What it seems worth, before the noise of the moment."""
+        return utility(asked, reply, criterion) + self.bias + self.length * len(reply) / 100
+
     def rate(self, asked: Problem, reply: str, criterion: str, rng: random.Random) -> int:
-        felt = utility(asked, reply, criterion) + self.bias + self.length * len(reply) / 100
+        felt = self.felt(asked, reply, criterion)
         return round(min(MOST, max(0, rng.gauss(felt, self.noise))))
 
 

@@ -50,8 +50,17 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["merges", "vocabulary", "sparse", "tasks", "policy"],
     ["bpe", "chat", "positions", "model_files", "data_parallel"],
     ["attention"],
-    ["documents", "packing", "dedup", "quality", "redact", "wordpiece", "unigram_learning"],
-    ["clean", "unigram"],
+    [
+        "documents",
+        "packing",
+        "preferences",
+        "dedup",
+        "quality",
+        "redact",
+        "wordpiece",
+        "unigram_learning",
+    ],
+    ["clean", "unigram", "preferences"],
     ["tokenizer"],
     ["data", "planted"],
     ["model"],
@@ -83,6 +92,7 @@ TINY = {
     "tasks.py": "",
     "planted.py": "--count 30",
     "instruct.py": "--count 20",
+    "preferences.py": "",
     "examine.py": "--run base --count 1 --tokens 4 --tasks copy",
     "writer.py": "",
     "synthesize.py": "--run base --count 1 --rounds 1",
@@ -161,6 +171,8 @@ def workplace(tmp_path_factory):
         write(some, folder / name)
     alpaca = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(400)]
     (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
+    better = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(9)]
+    (folder / "preferences.jsonl").write_text("\n".join(map(json.dumps, better)))
     for side in ("dev", "test"):
         (folder / "mmlu" / side).mkdir(parents=True)
         rows = [f"Why {n}?,a,b,c,d,B\n" for n in range(6)]
