@@ -5,6 +5,44 @@ by each process, the temperature that only sampling knows, a clip with max for m
 """
 
 BUGS = {
+    "preferences": (
+        ("test_preferences.py",),
+        [
+            ("if by > 0 or (by == 0 and i < j)]", "if by > 0]"),
+            ("1.0 if by else 0.5", "1.0"),
+            ("rank = rank if felt[before] - felt[i] < alike else number", "rank = number"),
+            ("< alike else number", "< alike else rank + 1"),
+            ("key=lambda i: -felt[i]", "key=lambda i: felt[i]"),
+            ("- rater.noise * math.log(-", "- math.log(-"),
+            ("if chats[0][:-1] != chats[1][:-1]:", "if False:"),
+            ("or not math.isfinite(value)", ""),
+            ("type(r) is int and r > 0", "type(r) is int"),
+            ("{found[-1].text}\\n\\n{part}", "{part}"),
+        ],
+    ),
+    "reward": (
+        ("test_reward.py",),
+        [
+            ("d = better - worse\n    return -often", "d = worse - better\n    return -often"),
+            ("F.logsigmoid(d) - (1 - often)", "d.sigmoid().log() - (1 - often)"),
+            ("often = (1 + by.sign()) / 2", "often = (by > 0).double()"),
+            ("by = ranks[..., j] - ranks[..., i]", "by = ranks[..., i] - ranks[..., j]"),
+            ("often.to(scores.dtype)).mean(-1)", "often.to(scores.dtype)).sum(-1)"),
+            (">= ranks[..., :, None]", "> ranks[..., :, None]"),
+            (">= ranks[..., :, None]", "<= ranks[..., :, None]"),
+            ("(among.logsumexp(-1) - scores)", "(among.logsumexp(-1) + scores)"),
+            ("(zeros - zeros.mean())[raters]", "zeros[raters]"),
+            ("scores + (zeros", "scores - (zeros"),
+            ("scores.std(correction=0)", "scores.std()"),
+            ("end = lo[:, 0] + lengths", "end = lengths"),
+            ("(end - 1)[:, None].expand(ids.shape) if both_ways", "end[:, None] if both_ways"),
+            ("(at - lo).clamp(min=0)", "at"),
+            ("last(self.model(ids, (at - lo).clamp(min=0), mask), end)",
+             "self.model(ids, (at - lo).clamp(min=0), mask)[:, -1]"),
+            ("0.5 * (d == 0)", "0 * (d == 0)"),
+            ("error += here.double().mean().item() *", "error += 1 / bins *"),
+        ],
+    ),
     "policy": (
         ("test_policy.py",),
         [

@@ -65,7 +65,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["data", "planted"],
     ["model"],
     ["step", "heads", "split"],
-    ["scaling", "lora", "quant", "recompute", "zero"],
+    ["scaling", "lora", "quant", "recompute", "zero", "reward"],
     ["writer", "plan_costs", "traffic", "instruct"],
     ["plan", "certificate", "generate"],
     ["evaluate", "parallel", "training"],
