@@ -5,11 +5,13 @@ which only the assistant's words are asked for, it learns what an instruction is
 idea and not the sentences, tasks show whose words and combinations it was never tuned on.
 
     sft    supervised tuning on instructions, with an examination before and after
+    label  a person puts a run's answers in order, at the terminal; what was said is a file
 
 Run: python align.py sft                      some minutes; a base run is made if there is none
      python align.py sft --base run-001 --lessons.count 50000 --steps 3000
      python align.py sft --path conversations.jsonl            instead of the lessons
      python align.py sft --mix alpaca=alpaca_data.json --cap 500000   beside them
+     python align.py label --run sft --out preferences.jsonl
 
 Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGPT (arXiv
 2203.02155).
@@ -28,9 +30,12 @@ from tqdm import tqdm
 
 import examine
 import tasks
+from chat import Turn, knows_roles
 from data import CACHE
-from examine import Examine, Result, examined, writer_of
+from examine import Examine, Manner, Result, examined, from_tasks, replies, writer_of
+from generate import Sampling
 from instruct import Lessons, lessons, write
+from preferences import Asked, label
 from run import RUNS, Run, UserError, check_free, fingerprint, main, step_of, table, write_json
 from training import stored
 
@@ -170,19 +175,65 @@ def mean(found: Sequence[Result]) -> float:
     return sum(r.right for r in found) / len(found)
 
 
+# --- what a person prefers ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Label:
+    """Put the answers of a run in order, at the terminal."""
+
+    run: str = ""  # whose answers: a run's name or folder; empty: the newest
+    out: str = "preferences.jsonl"  # the file to which each order goes as soon as it is given
+    count: int = 20  # questions
+    each: int = 4  # answers to a question, at most
+    temperature: float = 1.0  # at which they are drawn
+    tokens: int = 80  # of an answer, at most
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __post_init__(self):
+        if self.count < 1 or not 2 <= self.each <= 9:
+            raise UserError("--count must be at least 1, and --each from 2 to 9")
+
+
+def answers(config: Label) -> list[Asked]:
+    """Questions and what the run says to each; the same answer is there once."""
+    writer = writer_of(config.run, "", config.device)
+    how = Manner(chat=knows_roles(writer.tokenizer))
+    asked = from_tasks(
+        tasks.PLAIN, -(-config.count // len(tasks.PLAIN)), "train", config.seed, (1,)
+    )
+    asked = asked[: config.count]
+    prompts = examine.prompts(writer, asked, [], how, config.seed)
+    drawn = Sampling(config.temperature, top_p=1.0)
+    said = [
+        replies(writer, prompts, drawn, config.tokens, config.seed + 10**6 * i)
+        for i in range(config.each)
+    ]
+    each = (tuple(dict.fromkeys(some)) for some in zip(*said, strict=True))
+    return [([Turn("user", q.question)], some) for q, some in zip(asked, each, strict=True)]
+
+
+def labels(config: Label) -> None:
+    label([one for one in answers(config) if len(one[1]) > 1], Path(config.out))
+
+
 # --- the script -----------------------------------------------------------------------------------
+
+
+STAGES = {"sft": (Sft, sft), "label": (Label, labels)}
 
 
 def script() -> None:
     """Without arguments: sft."""
     what, *arguments = sys.argv[1:] or ["sft"]
     if what in ("-h", "--help"):
-        print(__doc__)
-    elif what != "sft":
-        raise UserError(f"there is no {what}: python align.py sft --help")
-    else:
-        description = Sft.__doc__.split("\n")[0]
-        sft(tyro.cli(Sft, prog="align.py sft", args=arguments, description=description))
+        return print(__doc__)
+    if what not in STAGES:
+        raise UserError(f"there is no {what}: choose among {', '.join(STAGES)}")
+    kind, stage = STAGES[what]
+    stage(tyro.cli(kind, prog=f"align.py {what}", args=arguments,
+                   description=kind.__doc__.split("\n")[0]))  # fmt: skip
 
 
 if __name__ == "__main__":

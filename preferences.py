@@ -19,7 +19,7 @@ Papers: Ziegler et al. 2019 (arXiv 1909.08593); Ouyang et al. 2022, K-way rankin
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -207,6 +207,84 @@ def rated(asked: Problem, reply: str, rater: Rater, rng: random.Random) -> list[
         Rating(prompt, reply, rater.name, criterion, rater.rate(asked, reply, criterion, rng))
         for criterion in CRITERIA
     ]
+
+
+# --- a person at a terminal -----------------------------------------------------------------------
+
+HELP = """Type the numbers from the best on, such as 213; = between equal ones, such as 2=13; those
+left out are equal and last. s skips, u takes the last answer back, q ends; all is saved."""
+
+
+def order_of(keys: str, count: int) -> tuple[int, ...]:
+    """The ranks of answers 1 to `count`; ValueError for what is no order."""
+    ranks: dict[int, int] = {}
+    equal, rank = False, 0
+    for key in keys.replace(" ", "").replace(">", ""):
+        if key == "=" and ranks and not equal:
+            equal = True
+            continue
+        if not (key.isascii() and key.isdigit() and 1 <= int(key) <= count):
+            raise ValueError(f"{key!r} is none of the answers 1 to {count}")
+        if int(key) in ranks:
+            raise ValueError(f"{key} is there twice")
+        rank = rank if equal else len(ranks) + 1
+        ranks[int(key)], equal = rank, False
+    if equal or not ranks:
+        raise ValueError("that is no order")
+    return tuple(ranks.get(i, len(ranks) + 1) for i in range(1, count + 1))
+
+
+Asked = tuple[Turns, tuple[str, ...]]  # a prompt and at most nine responses
+
+
+def label(items: Sequence[Asked], out: Path, say: Callable[[str], str] = input) -> list[Ranking]:
+    """Have a person put responses in order; what `out` holds already is not asked again.
+
+    Every answer is in the file before the next question; Ctrl-C and Ctrl-D end. UserError if the
+    file holds anything else.
+    """
+    found = labelled(out)
+    known = {(str(one.prompt), one.responses) for one in found}
+    left = [item for item in items if (str(item[0]), item[1]) not in known]
+    print(HELP)
+    number = 0
+    while number < len(left):
+        prompt, responses = left[number]
+        print(f"\n{number + 1} of {len(left)}\n{prompt[-1].text}")
+        for i, text in enumerate(responses, 1):
+            print(f"  {i}  {text}")
+        try:
+            keys = say("best first> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            keys = "q"
+        if keys == "q":
+            break
+        if keys == "u" and found:
+            prompt, responses, _ = found.pop()
+            left.insert(number, (prompt, responses))
+            write(found, out)
+        elif keys == "s":
+            number += 1
+        else:
+            try:
+                found.append(Ranking(prompt, responses, order_of(keys, len(responses))))
+            except ValueError as error:
+                print(f"{error}\n{HELP}")
+                continue
+            write(found, out)
+            number += 1
+    print(f"\n{len(found)} orders in {out}")
+    return found
+
+
+def labelled(path: Path) -> list[Ranking]:
+    """What was said before; UserError for what is no order."""
+    found = []
+    for where, one in read(path) if path.exists() else ():
+        if not isinstance(one, Ranking):
+            raise UserError(f"{where} {one if isinstance(one, str) else 'is no order'}")
+        found.append(one)
+    return found
 
 
 # --- the script -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import preferences
 from chat import Turn
 from preferences import Ranking, Rating, ranked, rated, read, write
+from run import UserError
 from tasks import CRITERIA, Rater, problem
 
 WHY = [Turn("user", "Why?")]
@@ -125,6 +126,66 @@ def test_a_response_is_rated_by_each_criterion():
     assert [r.criterion for r in found] == list(CRITERIA) and {r.value for r in found} == {4}
     rude = rated(one, "silly", Rater("one", 1e-9), random.Random(0))
     assert rude[-1].value == 0
+
+
+# --- a person at a terminal -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys, ranks", [
+    ("213", (2, 1, 3)), ("2 > 1 > 3", (2, 1, 3)), ("2=13", (1, 1, 3)), ("3", (2, 2, 1)),
+    ("1=2=3", (1, 1, 1)), ("31=2", (2, 2, 1)),
+])  # fmt: skip
+def test_keys_are_an_order(keys, ranks):
+    assert preferences.order_of(keys, 3) == ranks
+
+
+@pytest.mark.parametrize("keys", ["", "4", "0", "11", "=1", "1=", "1==2", "x", "²"])
+def test_other_keys_are_none(keys):
+    with pytest.raises(ValueError):
+        preferences.order_of(keys, 3)
+
+
+ITEMS = [([Turn("user", f"Why {n}?")], ("a", "b", "c")) for n in range(4)]
+
+
+def session(path, *keys):
+    """What is labelled when these keys are typed; an exception among them is raised."""
+    left = iter(keys)
+
+    def say(prompt):
+        key = next(left, EOFError())
+        if isinstance(key, BaseException):
+            raise key
+        return key
+
+    return [(one.prompt[0].text, one.ranks) for one in preferences.label(ITEMS, path, say)]
+
+
+def test_a_person_labels_stops_goes_on_and_takes_back(tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    first = [("Why 0?", (2, 1, 3)), ("Why 1?", (1, 1, 3))]
+    assert session(path, "213", "9", "1=2", KeyboardInterrupt()) == first
+    assert [one.ranks for _, one in read(path)] == [(2, 1, 3), (1, 1, 3)]
+    assert "'9' is none of the answers 1 to 3" in capsys.readouterr().out
+    changed = [("Why 1?", (2, 2, 1)), ("Why 3?", (1, 2, 3))]
+    assert session(path, "u", "3", "s", "12", "q") == [first[0], *changed]
+    whole = session(path, "1")
+    assert [name for name, _ in whole] == ["Why 0?", "Why 1?", "Why 3?", "Why 2?"]
+    assert session(path, "1") == whole and len(list(read(path))) == 4
+    path.write_text('{"prompt": "a"}\n')
+    with pytest.raises(UserError, match=r"mine.jsonl:1 has none of the fields"):
+        session(path, "1")
+
+
+def test_each_answer_is_saved_before_the_next_question(tmp_path):
+    path, seen = tmp_path / "mine.jsonl", []
+
+    def say(prompt):
+        seen.append(len(list(read(path))) if path.exists() else 0)
+        return "1"
+
+    preferences.label(ITEMS, path, say)
+    assert seen == [0, 1, 2, 3]
 
 
 def test_the_same_people_say_the_same():

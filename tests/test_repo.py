@@ -98,6 +98,7 @@ TINY = {
     "synthesize.py": "--run base --count 1 --rounds 1",
     "align.py": "",
     "align.py sft": "--base base --asked 1 --steps 2 --lessons.count 60 --lessons.levels 1",
+    "align.py label": "--run base --count 1 --each 2 --tokens 3",
     "emergence.py": "shots --steps 2 --asked 10",
     "emergence.py shots": "--steps 2 --asked 10",
     "emergence.py thought": "--steps 2 --asked 1 --votes 1 --seeds 1 --digits 1",
