@@ -46,9 +46,10 @@ from kernels.cross_entropy import IGNORE
 from model import ModelConfig, Transformer
 from objectives import Batch
 from optim import OptimConfig, build, learning_rate
-from run import RUNS, UserError, generator, main, picture, table
+from run import RUNS, UserError, generator, main, picture, table, write_json
 from step import pick_device, to, update
 
+SIZES = ("#b5892e", "#9db7d5", "#4a90d9", "#0d2240", "#2a7f62")
 COLORS = ("#9db7d5", "#5b8bc9", "#1f4e8c", "#0d2240", "#b5892e", "#2a7f62")
 
 
@@ -56,6 +57,12 @@ def with_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds and half of its interval, 0 where one seed cannot say."""
     middle, half = interval(list(values))
     return middle, half if half < 10 else 0.0
+
+
+def keep(name: str, found: object) -> None:
+    """The numbers behind a picture, beside it."""
+    RUNS.mkdir(exist_ok=True)
+    write_json(RUNS / f"{name}.json", found)
 
 
 # --- in-context learning --------------------------------------------------------------------------
@@ -171,6 +178,9 @@ def of_shots(config: Shots) -> None:
     head = ("right answers after pairs", *(str(k) for k in marks))
     print(f"{SYMBOLS} symbols, {ANSWERS} answers, mappings that no training row had\n")
     print(table(head, *lines))
+    keep("shots", {
+        size: [run._asdict() for run in runs] for size, runs in found.items()
+    })  # fmt: skip
     draw_shots(found, path := RUNS / "shots.png")
     print(f"\npicture: {path}")
 
@@ -183,27 +193,28 @@ def draw_shots(found: dict[str, list[Learned]], path: Path) -> None:
     """Left by number of pairs, right by training step, with the loss of the last size."""
     with picture(path, 2, (12, 4.8)) as (left, right):
         shots = range(PAIRS)
-        for (size, runs), color in zip(found.items(), COLORS, strict=False):
+        for (size, runs), color in zip(found.items(), SIZES, strict=False):
             each = [with_interval([r.right[-1][k] for r in runs]) for k in shots]
-            y, far = zip(*each, strict=True)
-            left.errorbar(shots, [100 * v for v in y], [100 * v for v in far], fmt="o-", capsize=2,
-                          markersize=4, color=color, label=size)  # fmt: skip
+            left.plot(
+                shots, [100 * y for y, _ in each], "o-", markersize=4, color=color, label=size
+            )
+            left.fill_between(shots, [100 * (y - far) for y, far in each],
+                              [100 * (y + far) for y, far in each], color=color, alpha=0.15,
+                              linewidth=0)  # fmt: skip
             for run in runs:
-                said = f"{size}, right after 8 pairs" if run is runs[0] else None
-                y = [100 * r[8] for r in run.right]
-                right.plot(run.steps, y, color=color, label=said)
+                right.plot(run.steps, [100 * r[8] for r in run.right], color=color, linewidth=1.2)
         left.plot(shots, [100 * best_possible(k) for k in shots], "--", color="#777777",
                   label="best possible")  # fmt: skip
         left.set(title="Mappings never seen, by examples in the context", xlabel="pairs before",
-                 ylabel="right answers, %")  # fmt: skip
+                 ylabel="right answers, %", ylim=(0, 100))  # fmt: skip
         left.legend(frameon=False)
         *_, runs = found.values()
         loss = right.twinx()
         loss.plot(runs[0].steps, runs[0].loss, ":", color="#c8442d")
         loss.set_ylabel("nats per answer (dotted, the last size)", color="#c8442d")
         loss.grid(visible=False)
-        right.set(title="The same, by training step", xlabel="step", ylabel="right answers, %")
-        right.legend(frameon=False, loc="upper left")
+        right.set(title="After 8 pairs, by training step: each model", xlabel="step",
+                  ylabel="right answers, %", ylim=(0, 100))  # fmt: skip
 
 
 # --- chain of thought -----------------------------------------------------------------------------
@@ -257,6 +268,7 @@ def of_thought(config: Thought) -> None:
     head = ("right answers, by digits", *map(str, config.digits))
     lines = ((way, *(in_percent(*x) for x in each)) for way, each in shares.items())
     print("\n" + table(head, *lines))
+    keep("thought", shares)
     draw_ways(config.digits, shares, path := RUNS / "thought.png")
     print(f"\npicture: {path}")
 
@@ -338,6 +350,7 @@ def of_tuning(config: Tuning) -> None:
     }
     lines = ((name, *(in_percent(*x) for x in each)) for name, each in shares.items())
     print("\n" + table(("right answers", *UNSEEN), *lines))
+    keep("tuning", shares)
     draw_tuning(shares, path := RUNS / "tuning.png")
     print(f"\npicture: {path}")
 
