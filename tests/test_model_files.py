@@ -89,7 +89,7 @@ def test_what_ends_a_text_is_a_token_or_several(said, ends, tmp_path):
 @pytest.mark.parametrize(
     "kind, change, named",
     [
-        ("llama", {"qk_norm": True}, "a llama file: qk_norm True"),
+        ("llama", {"qk_norm": True, "bias": True}, "a llama file: qk_norm True"),
         ("llama", {"norm": "layernorm"}, "a llama file: norm 'layernorm'"),
         ("llama", {"activation": "gelu"}, "a llama file: activation 'gelu'"),
         ("llama", {"position": "none"}, "a llama file: position 'none'"),
@@ -339,7 +339,8 @@ def test_what_a_family_cannot_be_gets_one_sentence(kind, change, named, tmp_path
     assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-ANY = {"layer_types": ["full_attention"] * 2, "per_layer_config": {"0": {"rms_norm_eps": 1e-3}}} | {
+ANY = {"layer_types": ["full_attention", "chunked_attention"]} | {
+    "per_layer_config": {"0": {"rms_norm_eps": 1e-3}},
     "quantization_config": {"bits": 4}, "auto_map": {"AutoModel": "other.OtherModel"},
 }  # fmt: skip
 WRITERS = {"is_causal": False, "attention_chunk_size": 4, "sliding_window": 4}
