@@ -33,6 +33,8 @@ from performer import Performer, whole_documents
 from positions import Rotation, Shaw
 from sparse import PATTERNS
 
+UNIT_EPS = 1e-6  # in the norm of queries and keys
+
 
 class KeyValue(NamedTuple):
     """Keys and values of one layer, each (B K S D)."""
@@ -147,13 +149,13 @@ class Attention(nn.Module):
         self.output = Linear(config.heads * D, C, config.bias)
         relative = config.position == "relative" and not cross
         self.relative = Shaw(config.reach, D) if relative else None
-        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
+        self.qk_norm = config.qk_norm
 
     def heads(self, linear: Linear, x: Tensor) -> Tensor:
         """x (B T C) projected to (B T heads D), of unit length if that is wished."""
         x = linear(x).unflatten(-1, (-1, self.head_dim))
         if self.qk_norm and linear is not self.value:
-            x = rmsnorm(x, x.new_ones(self.head_dim), self.norm_eps)
+            x = rmsnorm(x, x.new_ones(self.head_dim), UNIT_EPS)
         return x
 
     def keys_and_values(self, x: Tensor) -> KeyValue:

@@ -176,7 +176,7 @@ class PlainTransformer(nn.Module):
     def turn(self, x: Tensor) -> Tensor:
         """Queries or keys (B H T D), as attention compares them."""
         if self.config.qk_norm:
-            x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
+            x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
         if self.cos is None:
             return x
         cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]

@@ -257,16 +257,17 @@ MISTRAL = LLAMA._replace(
     parts=(LLAMA.parts[0], Part(("attention", "window"), read_window, write_window)),
     free_width=True,
 )  # fmt: skip
+QWEN3_EPS = 1e-6  # in all its norms; in ours of queries and keys (attention.py) it always is
 QWEN3 = MISTRAL._replace(
-    always={**MISTRAL.always, "qk_norm": True},
-    settings={
-        **MISTRAL.settings, "kv_heads": ("num_key_value_heads", 32),
+    always={**MISTRAL.always, "qk_norm": True, "norm_eps": QWEN3_EPS},
+    settings={ours: at for ours, at in MISTRAL.settings.items() if ours != "norm_eps"} | {
+        "kv_heads": ("num_key_value_heads", 32),
         "head_width": ("head_dim", 128), "context": ("max_position_embeddings", 32768),
     },
     only={theirs: known for theirs, known in LLAMA.only.items() if theirs != "layer_types"} | {
-        "attention_bias": False, "use_sliding_window": False,
+        "attention_bias": False, "use_sliding_window": False, "rms_norm_eps": QWEN3_EPS,
     },
-    written={"model_type": "qwen3"},
+    written={"model_type": "qwen3", "rms_norm_eps": QWEN3_EPS},
     architectures={(): "Qwen3ForCausalLM"},
     names={
         **LLAMA.names, "layers.N.self_attn.q_norm.weight": ("=1",),

@@ -56,7 +56,7 @@ CONFIGS = {
             **ROPED,
         )
     ),
-    "qwen3": grouped(shapes(qk_norm=st.just(True), **ROPED)),
+    "qwen3": grouped(shapes(qk_norm=st.just(True), norm_eps=st.just(1e-6), **ROPED)),
     "bert": shapes(
         arch=st.just("encoder"), order=st.just("post"), position=st.just("learned"),
         embed_norm=st.just(True), segments=st.integers(1, 3), tied=st.just(True),
@@ -139,7 +139,7 @@ SHAPES = {
     "llama": SMALL,
     "gpt2": replace(SMALL, **GPT, position="learned"),
     "mistral": replace(SMALL, attention="sliding", window=3, head_width=6),
-    "qwen3": replace(SMALL, qk_norm=True, head_width=6),
+    "qwen3": replace(SMALL, qk_norm=True, norm_eps=1e-6, head_width=6),
     "bert": replace(
         SMALL, **GPT, position="learned", arch="encoder", order="post", embed_norm=True, segments=2
     ),

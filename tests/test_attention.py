@@ -164,8 +164,7 @@ def test_a_layer_is_the_paper(seed, scale, qk_norm, bias, T):
     q, k, v = (linear(f, array(x)[0]) for f in (layer.query, layer.key, layer.value))
     q, k, v = (part.reshape(1, T, 2, 4).transpose(0, 2, 1, 3) for part in (q, k, v))
     if qk_norm:
-        eps = config.norm_eps
-        q, k = (part / np.sqrt((part**2).mean(-1, keepdims=True) + eps) for part in (q, k))
+        q, k = (part / np.sqrt((part**2).mean(-1, keepdims=True) + 1e-6) for part in (q, k))
     hi = np.arange(T)[None]
     out = reference.attend(q, k, v, 0 * hi, hi, scale or 0.5)
     want = linear(layer.output, out.transpose(0, 2, 1, 3).reshape(T, 8))

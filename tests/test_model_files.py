@@ -89,7 +89,7 @@ def test_what_ends_a_text_is_a_token_or_several(said, ends, tmp_path):
 @pytest.mark.parametrize(
     "kind, change, named",
     [
-        ("llama", {"qk_norm": True, "bias": True}, "a llama file: qk_norm True"),
+        ("llama", {"qk_norm": True}, "a llama file: qk_norm True"),
         ("llama", {"norm": "layernorm"}, "a llama file: norm 'layernorm'"),
         ("llama", {"activation": "gelu"}, "a llama file: activation 'gelu'"),
         ("llama", {"position": "none"}, "a llama file: position 'none'"),
@@ -288,6 +288,7 @@ BAD_OF = [
     ("mistral", edit(layer_types=["full_attention"] * 2), "layer_types .* is not supported"),
     ("mistral", edit(num_key_value_heads=...), "kv-heads 8"),
     ("qwen3", edit(layer_types=["full_attention", "sliding_attention"]), "layer_types .* is not"),
+    ("qwen3", edit(rms_norm_eps=1e-5), "rms_norm_eps 1e-05 is not supported, only 1e-06"),
     ("qwen3", edit(layer_types=3), "layer_types 3 is not"),
     ("qwen3", edit(use_sliding_window=True), "use_sliding_window True is not"),
     ("qwen3", tensors(lambda t: t.update({Q_NORM: t[Q_NORM] * 1.01})), f"{Q_NORM} is not all ones"),

@@ -180,7 +180,7 @@ def workplace(tmp_path_factory):
         (folder / "mmlu" / side / f"history_{side}.csv").write_text("".join(rows))
     base = (
         "python train.py --data.mix stories=world:60 facts=facts:60 --name base "
-        "--tokenizer.vocab-size 400"
+        "--tokenizer.vocab-size 400 --model.norm-eps 1e-6"
     )
     assert tried(base, folder, TINY["train.py"] + " --model.context 1024") == 0
     gpt2 = replace(PRESETS["gpt2"], dim=16, layers=1, heads=2, context=16, vocab_size=257)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close
 from test_parallel import assert_same, in_mesh, in_short, some
 from torch import nn
 
@@ -146,9 +145,7 @@ def test_a_weight_that_nobody_uses(ranks, stage):
     """It gets no gradient, keeps no bucket waiting, and stays as it is."""
     found = ranks.run(together, with_a_spare, MODEL, Plan(4, zero=stage), 2)
     plain = ranks.run(together, trained, MODEL, Plan(4, zero=stage), 2)
-    for own, other in zip([x.made for x in found if x], [x.made for x in plain if x], strict=True):
-        # the spare one shifts who holds what, and so the order in which a norm is summed
-        assert_close(torch.tensor(own), torch.tensor(other), 1e-14)
+    assert [x.made for x in found if x] == [x.made for x in plain if x]
 
 
 def poisoned(part, plan):
