@@ -20,7 +20,7 @@ Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGP
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -226,16 +226,21 @@ def labels(config: Label) -> None:
 STAGES = {"sft": (Sft, sft), "label": (Label, labels)}
 
 
+def choose(stages: dict[str, tuple[type, Callable]], default: list[str], doc: str) -> None:
+    """Run the stage that the command line names, by its settings; UserError if it names none."""
+    what, *arguments = sys.argv[1:] or default
+    if what in ("-h", "--help"):
+        return print(doc)
+    if what not in stages:
+        raise UserError(f"there is no {what}: choose among {', '.join(stages)}")
+    kind, stage = stages[what]
+    stage(tyro.cli(kind, prog=f"{Path(sys.argv[0]).name} {what}", args=arguments,
+                   description=kind.__doc__.split("\n")[0]))  # fmt: skip
+
+
 def script() -> None:
     """Without arguments: sft."""
-    what, *arguments = sys.argv[1:] or ["sft"]
-    if what in ("-h", "--help"):
-        return print(__doc__)
-    if what not in STAGES:
-        raise UserError(f"there is no {what}: choose among {', '.join(STAGES)}")
-    kind, stage = STAGES[what]
-    stage(tyro.cli(kind, prog=f"align.py {what}", args=arguments,
-                   description=kind.__doc__.split("\n")[0]))  # fmt: skip
+    choose(STAGES, ["sft"], __doc__)
 
 
 if __name__ == "__main__":

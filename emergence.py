@@ -25,20 +25,18 @@ Letters: B rows · T tokens of a row · n symbols.
 """
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 import examine
 import tasks
-from align import base_run, lessons_file, trained
+from align import base_run, choose, lessons_file, trained
 from evaluate import interval
 from examine import Examine, examined, writer_of
 from instruct import Lessons
@@ -377,14 +375,7 @@ SHOWS = {
 
 def script() -> None:
     """Without arguments: shots, by one size."""
-    what, *arguments = sys.argv[1:] or ["shots", "--sizes", "2x64"]
-    if what in ("-h", "--help"):
-        return print(__doc__)
-    if what not in SHOWS:
-        raise UserError(f"there is no {what}: choose among {', '.join(SHOWS)}")
-    kind, show = SHOWS[what]
-    show(tyro.cli(kind, prog=f"emergence.py {what}", args=arguments,
-                  description=kind.__doc__.split("\n")[0]))  # fmt: skip
+    choose(SHOWS, ["shots", "--sizes", "2x64"], __doc__)
 
 
 if __name__ == "__main__":
