@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import chat
 import examine
+import tasks
 from bpe import BPE
 from examine import Asked, Examine, Manner, bootstrap, chosen, examined, log_likelihoods, prompts
 from generate import Sampling, generate
@@ -138,6 +139,15 @@ def test_examples_stand_before_the_question_and_are_drawn_by_the_seed():
     assert text.count("step by step") == 3 and text.count("So the answer is") == 2
     talk = prompts(writer(talks=True), QUESTIONS[:1], QUESTIONS, Manner(2, chat=True), 0)[0]
     assert sum(i >= 257 for i in talk) == 2 * 5 + 1
+
+
+def test_wordings_are_new_or_known_and_contents_always_new():
+    for wording, side in (("new", "test"), ("known", "train")):
+        how = Examine(tasks=("add",), levels=(2,), wording=wording, count=40)
+        asked, _ = examine.questions_of(how)
+        right = [tasks.problem("add", 2, "test", n, asked=side) for n in range(40)]
+        assert [q.question for q in asked] == [p.question for p in right]
+        assert {p.template for p in right} <= {*tasks.templates("add", side)}
 
 
 def test_what_cannot_be_asked_is_told(tmp_path, capsys):

@@ -146,10 +146,16 @@ def test_questions_to_pretrain_on_are_of_the_side_to_learn_from():
     assert len(asked) == 400 and asked[:40] == "\n\n".join(islice(tasks.quiz(), 10)).split("\n\n")
     held = {problem(name, level, "test", n, asked="train").question
             for name in ("story", "unsaid") for level in (1, 2) for n in range(300)}  # fmt: skip
+    ours = {p.question: p.key for name in ("story", "unsaid") for level in (1, 2, 3)
+            for n in range(40) for p in [problem(name, level, "train", n, seed=1)]}  # fmt: skip
+    found = 0
     for text in asked:
         question, answer = re.fullmatch(r"Question: (.+)\nAnswer: (.+)", text).groups()
+        assert "Now tell me:" not in question and not question.startswith("Listen.")
+        found += question in ours and side(ours[question]) == "train"
         assert answer == "I don't know" or answer.removeprefix("the ") in question
         assert question not in held
+    assert found == 40  # the first ten texts, whatever was drawn for them
 
 
 @given(names, numbers)

@@ -121,3 +121,15 @@ def test_stories_and_statements_are_sources_of_documents():
             list(documents.read(wrong))
     with pytest.raises(UserError, match="needs no"):
         data.DataConfig(source="world", path="book.txt")
+
+
+def test_stories_are_judged_together():
+    """Of one that is true, one that only keeps its characters, and one that is none."""
+    told = next(world.stories()).text
+    colour = next(c for c in world.COLOURS if c in told)
+    other = next(c for c in world.COLOURS if c != colour)
+    begin, _, end = told.rpartition(colour)
+    wrong = f"{begin}{other}{end}"
+    assert world.read(told).true and world.read(wrong).whole and not world.read(wrong).true
+    said = world.judged([told, wrong, "Once."])
+    assert "2 of 3 stories are whole" in said and "in 1 of them nothing is impossible" in said
