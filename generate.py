@@ -227,13 +227,19 @@ def tokens_on_device(
     never: Sequence[int] = (),
     sources: list[list[int]] | None = None,
     whole: bool = False,
+    numbers: Sequence[int] = (),
+    look: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """The next token of each prompt (B), `tokens` times: nothing here waits for a GPU."""
+    """The next token of each prompt (B), `tokens` times: nothing here waits for a GPU.
+
+    numbers: of whose streams they are drawn, default 0, 1, …; `look` is shown the logits (B V) and
+    the token (B) of each step.
+    """
     longest, device = max(map(len, prompts)), model.embedding.device
     pads = torch.tensor([longest - len(p) for p in prompts], device=device)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     place = torch.arange(longest, device=device)
-    streams = [generator(seed, "sample", i) for i in range(len(prompts))]
+    streams = [generator(seed, "sample", i) for i in numbers or range(len(prompts))]
     drawn = [torch.rand(tokens, dtype=torch.float64, generator=s) for s in streams]
     u = torch.stack(drawn, 1).to("cuda" if ids.is_cuda else "cpu")  # T B
     cache = Cache(model, len(prompts), longest + tokens - 1)
@@ -248,6 +254,8 @@ def tokens_on_device(
     ids, place = ids[:, -1:].clone(), place[-1:].clone()
     for i in range(tokens):
         token = choose(logits, how, u[i])
+        if look:
+            look(logits, token)
         yield token
         if i == tokens - 1:
             return

@@ -10,9 +10,10 @@ of his own.
     order_loss     −log of the chance of the whole order, best first    (Plackett 1975, Luce 1959)
     rating_loss    ½ (score + the rater's zero − rating)²
     Scale          scores of mean 0 and variance 1 on responses of the policy that will be tuned
+    fitted         the training: once through what people said, with a rate that falls to 0
     accuracy, calibration    how often the better one is known, and how well the model knows that
 
-Run: python -m pytest tests/test_reward.py
+Run: python align.py reward
 
 Papers: Ziegler et al. 2019 (arXiv 1909.08593); Stiennon et al. 2020 (arXiv 2009.01325); Ouyang et
 al. 2022 (arXiv 2203.02155); Breslow 1974, equal ranks; Guo et al. 2017, calibration (arXiv
@@ -21,15 +22,25 @@ al. 2022 (arXiv 2203.02155); Breslow 1974, equal ranks; Guo et al. 2017, calibra
 Letters: B texts · T tokens · K responses to one prompt.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from attention import Mask
 from heads import ScalarHead, last
-from model import Transformer
+from model import Transformer, assembled
+from model_files import Weights
+from optim import OptimConfig, build, learning_rate
+from rollout import Texts
+from run import Run, UserError, generator, load_tensors
+from step import clip
+from vocabulary import Tokenizer
+from writer import load_tokenizer, model_of
 
 # --- losses ---------------------------------------------------------------------------------------
 
@@ -105,6 +116,126 @@ class RewardModel(nn.Module):
         mask = Mask(lo, (end - 1)[:, None].expand(ids.shape) if both_ways else at)
         states = last(self.model(ids, (at - lo).clamp(min=0), mask), end)
         return self.head(states.to(self.head.dense.weight.dtype))
+
+    def of(self, texts: Texts) -> Tensor:
+        """The score of each (B), the judged token being the last of its response."""
+        return self(texts.ids, texts.lengths, texts.before)
+
+    @torch.no_grad()
+    def scores(self, texts: Texts, at_once: int = 64) -> Tensor:
+        """The same of many, some at a time."""
+        rows = torch.arange(len(texts.ids), device=texts.ids.device).split(at_once)
+        return torch.cat([self.of(texts.rows(some)) for some in rows])
+
+    @torch.no_grad()
+    def rescale(self, scale: Scale) -> None:
+        """Let the head say what the scale makes of its scores."""
+        self.head.dense.weight /= scale.spread
+        self.head.dense.bias.copy_((self.head.dense.bias - scale.center) / scale.spread)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+class Judged(NamedTuple):
+    """Responses to one prompt, as ids, and what was said of them: ranks, or one rating."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    said: list[float]
+    rater: int = 0
+
+
+def texts_of(groups: Sequence[Judged], device: torch.device) -> Texts:
+    """All responses of all groups, in order."""
+    return Texts.of([g.prompt for g in groups for _ in g.responses],
+                    [r for g in groups for r in g.responses], device)  # fmt: skip
+
+
+def order_losses(how: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The mean of ranking_loss or order_loss over groups, each of which counts alike."""
+
+    def loss(scores: Tensor, groups: Sequence[Judged], zeros: Tensor) -> Tensor:
+        each, first = [], 0
+        for group in groups:
+            n = len(group.said)
+            each.append(how(scores[first : first + n], torch.tensor(group.said).to(scores)))
+            first += n
+        return torch.stack(each).mean()
+
+    return loss
+
+
+def rating_losses(scores: Tensor, groups: Sequence[Judged], zeros: Tensor) -> Tensor:
+    ratings = torch.tensor([g.said[0] for g in groups]).to(scores)
+    raters = torch.tensor([g.rater for g in groups], device=scores.device)
+    return rating_loss(scores, zeros, raters, ratings).mean()
+
+
+LOSSES = {
+    "pairs": order_losses(ranking_loss),
+    "order": order_losses(order_loss),
+    "ratings": rating_losses,
+}
+
+
+def fitted(
+    reward: RewardModel, groups: Sequence[Judged], loss: str, rate: OptimConfig, batch: int,
+    epochs: int = 1, raters: int = 1, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """Fit a reward model; the raters' zeros, which count from their mean."""
+    device = reward.model.embedding.device
+    zeros = nn.Parameter(torch.zeros(raters, device=device))
+    named = [*reward.named_parameters(), ("zeros", zeros)]
+    optimizer, params = build(named, rate), [p for _, p in named]
+    steps = epochs * -(-len(groups) // batch)
+    parts = (
+        part for epoch in range(epochs)
+        for part in torch.randperm(len(groups), generator=generator(seed, "judged", epoch))
+        .split(batch)
+    )  # fmt: skip
+    for step, part in enumerate(tqdm(parts, "reward model", steps, leave=False, disable=None)):
+        some = [groups[i] for i in part.tolist()]
+        value = LOSSES[loss](reward.of(texts_of(some, device)), some, zeros)
+        value.backward()
+        norm = clip([p for p in params if p.grad is not None], rate.clip)
+        if not (torch.isfinite(value) and norm < float("inf")):
+            raise UserError(
+                f"update {step + 1} of the reward model is not finite: lower --lr from {rate.lr:g}"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(rate, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return (zeros - zeros.mean()).detach()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def save(run: Run, reward: RewardModel, tokenizer: Tokenizer, step: int) -> None:
+    """As a checkpoint: the model, and beside it the head."""
+    head = {f"head/{name}": x for name, x in reward.head.state_dict().items()}
+    info = {"text": f"{tokenizer.fingerprint}-judged",
+            "settings": {"model": asdict(reward.model.config)}}  # fmt: skip
+    run.save(step, reward.model.state_dict(), head, info)
+
+
+def load(run: Run, tokenizer: Tokenizer, device: torch.device) -> RewardModel:
+    """UserError if it is no reward model, or if its tokens are not those of this tokenizer."""
+    if run.config().get("objective") != "reward":
+        raise UserError(f"{run.folder} is no reward model: make one with python align.py reward")
+    config = model_of(run)
+    if load_tokenizer(run.folder, config.vocab_size).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the reward model {run.folder} has another tokenizer than the policy: train one from "
+            "a run with the same tokens"
+        )
+    newest = run.newest()
+    reward = RewardModel(assembled(config, Weights([newest / "model.safetensors"])))
+    state = load_tensors(newest / "train_state.safetensors")
+    reward.head.load_state_dict({name.removeprefix("head/"): x for name, x in state.items()})
+    return reward.to(device).eval()
 
 
 # --- how good it is -------------------------------------------------------------------------------

@@ -61,10 +61,15 @@ class Writer(NamedTuple):
     head: Callable[[Tensor], Tensor] | None = None  # of an encoder: hidden states to scores
 
 
+def model_of(run: Run) -> ModelConfig:
+    return settings(ModelConfig, run.config().get("model"), f"{run.folder}/config.json", "model.")
+
+
 def load(run: Run, device: torch.device) -> Writer:
     """A run's newest whole checkpoint, and the tokenizer that it was trained with."""
-    where = f"{run.folder}/config.json"
-    config = settings(ModelConfig, run.config().get("model"), where, "model.")
+    config, where = model_of(run), f"{run.folder}/config.json"
+    if run.config().get("objective") == "reward":
+        raise UserError(f"{run.folder} is a reward model, which judges texts and writes none")
     newest = run.newest()
     tokenizer = load_tokenizer(run.folder, config.vocab_size)
     trained = read_json(newest / "train_state.json")
