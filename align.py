@@ -1,49 +1,71 @@
-"""From a model that continues texts to one that answers.
+"""From a model that continues texts to one that answers, and then answers better.
 
 Idea: a base model knows language, and goes on with whatever it is given. Tuned on conversations, of
 which only the assistant's words are asked for, it learns what an instruction is; that it learnt the
-idea and not the sentences, tasks show whose words and combinations it was never tuned on.
+idea and not the sentences, tasks show whose words and combinations it was never tuned on. Then it
+is asked, its answers are compared, and it moves towards those that are better.
 
-    sft    supervised tuning on instructions, with an examination before and after
-    label  a person puts a run's answers in order, at the terminal; what was said is a file
+    sft      supervised tuning on instructions, with an examination before and after
+    prefer   simulated people compare the answers of a run, and rate them; label: you do
+    reward   a reward model, fitted to what was said
+    ppo, grpo, dpo   the run improves, by a reward model, by a check, by comparisons alone
+    think    a run that half of the time thinks before it answers learns, from right and wrong
+             alone, that thinking pays
+    hack     a weak reward model is deceived, and what the KL does about it
+    all      the whole chain, with one table and one picture
 
 Run: python align.py sft                      some minutes; a base run is made if there is none
      python align.py sft --base run-001 --lessons.count 50000 --steps 3000
      python align.py sft --path conversations.jsonl            instead of the lessons
      python align.py sft --mix alpaca=alpaca_data.json --cap 500000   beside them
      python align.py label --run sft --out preferences.jsonl
+     python align.py prefer --run sft --out preferences.jsonl
+     python align.py reward --run sft --preferences preferences.jsonl
+     python align.py grpo --run sft --tasks add reverse --steps 40
+     python align.py ppo --run sft --reward reward
+     python align.py dpo --run sft --preferences preferences.jsonl
+     torchrun --nproc-per-node 2 align.py ppo --run sft
+     python align.py all                      a quarter of an hour
 
 Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGPT (arXiv
 2203.02155).
 """
 
-import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 
-import tyro
-from tqdm import tqdm
+import torch
 
+import chain
 import examine
+import gauge
+import improve
+import judge
+import preferences
 import tasks
-from chat import Turn, knows_roles
-from data import CACHE
-from examine import Examine, Manner, Result, examined, from_tasks, replies, writer_of
-from generate import Sampling
-from instruct import Lessons, lessons, write
-from preferences import Asked, label
-from run import RUNS, Run, UserError, check_free, fingerprint, main, step_of, table, write_json
+from chat import END, keep_template, knows_roles
+from examine import Examine, Result, examined, writer_of
+from improve import ByModel, Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop, question
+from instruct import Lessons
+from judge import AT_ONCE, problems
+from mesh import Group, join
+from parallel_training import lead, one_voice, shared
+from reward import load as load_reward
+from rollout import sample
+from run import (
+    Run,
+    UserError,
+    check_free,
+    main,
+    read_json,
+    settings,
+    table,
+    write_json,
+)
+from stages import base_run, choose, free, lessons_file, start, tuned_run
 from training import stored
-
-# A base for the tasks: stories, statements in which their words occur, and what a question is.
-# Its epsilon is that of a Qwen3, so that other programs can read what is made of it.
-BASE = ("--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:4000@1",
-        "--model.norm-eps", "1e-6", "--model.context", "512",
-        "--batch", "4", "--steps", "2000")  # fmt: skip
+from writer import Writer
 
 
 @dataclass(frozen=True)
@@ -70,51 +92,6 @@ class Sft:
             raise UserError("--steps, --batch and --asked must be at least 1")
         if self.path and self.mix:
             raise UserError("--path stands instead of the lessons, --mix beside them: give one")
-
-
-def start(*words: str) -> None:
-    """Run one of our scripts as a user would; its failure is ours."""
-    folder = Path(__file__).parent
-    print(f"\n$ python {shlex.join(words)}\n", flush=True)
-    code = subprocess.run([sys.executable, str(folder / words[0]), *words[1:]]).returncode
-    if code:
-        sys.exit(code)
-
-
-def free(name: str) -> str:
-    """name, name-2, name-3, …: the first that no run has."""
-    names = (name if n == 1 else f"{name}-{n}" for n in count(1))
-    return next(one for one in names if not (RUNS / one).exists())
-
-
-def finished(run: Run) -> bool:
-    return any(step_of(one) == stored(run).steps for one in run.checkpoints())
-
-
-def trained(name: str, *words: str) -> str:
-    """The run of this name; trained now if there is none, or on from where it was stopped."""
-    if not (RUNS / name / "config.json").is_file():
-        start("train.py", "--name", name, *words)
-    elif not finished(Run.open(name)):
-        start("train.py", "--resume", "--name", name)
-    return name
-
-
-def base_run(name: str) -> str:
-    """The base to begin with."""
-    return name or trained("base", *BASE)
-
-
-def lessons_file(how: Lessons) -> Path:
-    """The lessons as a file, which anybody can look at; made once."""
-    made_by = [Path(module.__file__).read_text() for module in (tasks, sys.modules["instruct"])]
-    mark = fingerprint({"how": asdict(how), "made by": made_by})[:16]
-    path = CACHE / f"lessons-{mark}.jsonl"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(lessons(how), "lessons", how.count, leave=False, disable=None)
-        write(list(bar), path)
-    return path
 
 
 def sft(config: Sft) -> None:
@@ -177,65 +154,127 @@ def mean(found: Sequence[Result]) -> float:
     return sum(r.right for r in found) / len(found)
 
 
-# --- what a person prefers ------------------------------------------------------------------------
+# --- better answers -------------------------------------------------------------------------------
+
+KINDS = {"ppo": Ppo, "grpo": Grpo, "dpo": Dpo}
 
 
-@dataclass(frozen=True)
-class Label:
-    """Put the answers of a run in order, at the terminal."""
+def better(config: Improve) -> None:
+    """Examine the run, improve it, examine what came of it; several processes share the work."""
+    world = join()
+    with one_voice(world):
+        group = world if world.size > 1 else None
+        kind = type(config).__name__.lower()
+        tuned = lead(world, lambda: tuned_run(config.run))
+        if config.resume:
+            run = shared(world, lambda: Run.resume(config.name))
+            kept = settings(
+                type(config), read_json(run.folder / "improvement.json"), str(run.folder)
+            )
+            config = replace(kept, name=config.name, resume=True)
+            tuned = config.run
+        writer = writer_of(tuned, "", config.device)
+        it = improvement(replace(config, run=tuned), writer, group)
+        if config.resume:
+            it.load(run)
+        else:
+            config = replace(config, run=tuned, name=config.name or lead(world, lambda: free(kind)))
+            run = shared(world, lambda: new_run(config, writer))
+            it.save(run)
+        before = standing(writer, config) if world.index == 0 else {}
+        loop(it, run)
+        if world.index == 0:
+            told(run, it, {"before": before, "after": standing(it.writer, config)})
 
-    run: str = ""  # whose answers: a run's name or folder; empty: the newest
-    out: str = "preferences.jsonl"  # the file to which each order goes as soon as it is given
-    count: int = 20  # questions
-    each: int = 4  # answers to a question, at most
-    temperature: float = 1.0  # at which they are drawn
-    tokens: int = 80  # of an answer, at most
-    seed: int = 0
-    device: str = "auto"  # auto, cpu, cuda or mps
 
-    def __post_init__(self):
-        if self.count < 1 or not 2 <= self.each <= 9:
-            raise UserError("--count must be at least 1, and --each from 2 to 9")
+def improvement(config: Improve, writer: Writer, world: Group | None) -> Improvement:
+    """What moves the run, with its judge; UserError if they do not belong together."""
+    if not knows_roles(writer.tokenizer):
+        raise UserError(f"{config.run} knows no roles: tune it first with python align.py sft")
+    judged_by = improve.checked
+    if config.reward:
+        device = writer.model.embedding.device
+        judged_by = ByModel(load_reward(Run.open(config.reward), writer.tokenizer, device))
+    if isinstance(config, Dpo):
+        return improve.DpoImprovement(config, writer, judged_by, pairs(config, writer), world)
+    return improve.OnlineImprovement(config, writer, judged_by, world)
 
 
-def answers(config: Label) -> list[Asked]:
-    """Questions and what the run says to each; the same answer is there once."""
-    writer = writer_of(config.run, "", config.device)
-    how = Manner(chat=knows_roles(writer.tokenizer))
-    asked = from_tasks(
-        tasks.PLAIN, -(-config.count // len(tasks.PLAIN)), "train", config.seed, (1,)
+def pairs(config: Dpo, writer: Writer) -> list[Pair]:
+    """Of each order all pairs, but for equal ones."""
+    path = config.preferences or judge.simulated(
+        config.run, config.count, config.seed, config.device, config.tasks, config.levels
     )
-    asked = asked[: config.count]
-    prompts = examine.prompts(writer, asked, [], how, config.seed)
-    drawn = Sampling(config.temperature, top_p=1.0)
-    said = [
-        replies(writer, prompts, drawn, config.tokens, config.seed + 10**6 * i)
-        for i in range(config.each)
-    ]
-    each = (tuple(dict.fromkeys(some)) for some in zip(*said, strict=True))
-    return [([Turn("user", q.question)], some) for q, some in zip(asked, each, strict=True)]
+    end, tokenizer = [writer.tokenizer.special[END]], writer.tokenizer
+    found = []
+    for one in preferences.usable(Path(path), config.strict):
+        if isinstance(one, preferences.Ranking):
+            prompt = improve.prompt_ids(writer, one.prompt)
+            ids = [tokenizer.encode(text) + end for text in one.responses]
+            found += [Pair(prompt, ids[i], ids[j]) for i, j, often in one.pairs() if often == 1]
+    if not found:
+        raise UserError(f"{path} holds no order of answers, and DPO learns from nothing else")
+    return found
 
 
-def labels(config: Label) -> None:
-    label([one for one in answers(config) if len(one[1]) > 1], Path(config.out))
+def new_run(config: Improve, writer: Writer) -> Run:
+    """A run that other scripts know: with the settings of the one that it comes from."""
+    old = Run.open(config.run)
+    run = Run.create(config.name, replace(stored(old), name=config.name, base=config.run))
+    writer.tokenizer.save(run.folder / writer.tokenizer.file_name)
+    keep_template(run.folder)
+    write_json(run.folder / "improvement.json", asdict(config))
+    return run
+
+
+def standing(writer: Writer, config: Improve) -> dict[str, float]:
+    """On questions that no round asks: right answers by task, and what drawn answers are worth."""
+    count = config.asked * len(config.tasks)
+    how = Examine(tasks=config.tasks, levels=config.levels, wording="known", count=config.asked,
+                  seed=config.seed, tokens=config.tokens)  # fmt: skip
+    found = {r.kind: r.right for r in examined(writer, how)}
+    asked = problems(config.tasks, config.levels, count, "test", config.seed)
+    prompts, said = [improve.prompt_ids(writer, question(p).turns) for p in asked], []
+    for first in range(0, count, AT_ONCE):
+        said += sample(writer, prompts[first : first + AT_ONCE], config.tokens, config.temperature,
+                       config.seed + 1).replies  # fmt: skip
+    worth = torch.tensor([tasks.utility(*pair) for pair in zip(asked, said, strict=True)])
+    unsaid = [not tasks.honest(p, reply) for p, reply in zip(asked, said, strict=True)
+              if p.task == "unsaid"]  # fmt: skip
+    found |= {"right": sum(found.values()) / len(found), "worth": worth.mean().item(),
+              "worth_error": (worth.std() / count**0.5).item()}  # fmt: skip
+    return found | ({"made_up": sum(unsaid) / len(unsaid)} if unsaid else {})
+
+
+def told(run: Run, it: Improvement, found: dict[str, dict[str, float]]) -> None:
+    """A table of before and after, the gauge's picture, and the numbers behind both."""
+    names = {"worth": "worth of an answer, 0 to 4", "made_up": "made up what nobody can know"}
+    rows = []
+    for name in found["before"]:
+        if name != "worth_error":
+            values = (each[name] for each in found.values())
+            form = "{:.2f}" if name == "worth" else "{:.0%}"
+            rows.append((names.get(name, name), *(form.format(x) for x in values)))
+    print("\n" + table(("right answers", *found), *rows))
+    write_json(run.folder / "standing.json", found)
+    path = run.folder / "gauge.png"
+    gauge.draw(run.metrics(), path, improve.best_possible(it))
+    print(f"\npicture: {path}\nchat:    python generate.py --run {run.name} --chat")
 
 
 # --- the script -----------------------------------------------------------------------------------
 
 
-STAGES = {"sft": (Sft, sft), "label": (Label, labels)}
-
-
-def choose(stages: dict[str, tuple[type, Callable]], default: list[str], doc: str) -> None:
-    """Run the stage that the command line names, by its settings; UserError if it names none."""
-    what, *arguments = sys.argv[1:] or default
-    if what in ("-h", "--help"):
-        return print(doc)
-    if what not in stages:
-        raise UserError(f"there is no {what}: choose among {', '.join(stages)}")
-    kind, stage = stages[what]
-    stage(tyro.cli(kind, prog=f"{Path(sys.argv[0]).name} {what}", args=arguments,
-                   description=kind.__doc__.split("\n")[0]))  # fmt: skip
+STAGES = {
+    "sft": (Sft, sft),
+    "prefer": (judge.Prefer, judge.prefer),
+    "label": (judge.Label, judge.labels),
+    "reward": (judge.Reward, judge.reward),
+    **{name: (kind, better) for name, kind in KINDS.items()},
+    "think": (chain.Think, chain.think),
+    "hack": (chain.Hack, chain.hack),
+    "all": (chain.All, chain.everything),
+}
 
 
 def script() -> None:

@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 import examine
 import tasks
-from align import base_run, choose, lessons_file, trained
 from evaluate import interval
 from examine import Examine, examined, writer_of
 from instruct import Lessons
@@ -45,6 +44,7 @@ from model import ModelConfig, Transformer
 from objectives import Batch
 from optim import OptimConfig, build, learning_rate
 from run import RUNS, UserError, generator, main, picture, table, write_json
+from stages import base_run, choose, lessons_file, trained
 from step import pick_device, to, update
 
 SIZES = ("#b5892e", "#9db7d5", "#4a90d9", "#0d2240", "#2a7f62")

@@ -376,12 +376,7 @@ class Examine:
             raise UserError("--count, --votes and --tokens must be at least 1, --shots at least 0")
         if self.examples and not self.file:
             raise UserError("--examples are for the questions of a --file: give both")
-        if not self.levels or not all(1 <= n <= 20 for n in self.levels):
-            raise UserError("--levels must be numbers from 1 to 20")
-        if unknown_names := [name for name in self.tasks if name not in tasks.TASKS]:
-            raise UserError(
-                f"there is no task {unknown_names[0]!r}: choose among {', '.join(tasks.PLAIN)}"
-            )
+        tasks.check(self.tasks, self.levels)
 
 
 def questions_of(config: Examine) -> tuple[list[Asked], list[Asked]]:

@@ -36,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import chat
+import gauge
 import tasks
 from chat import Turn, Turns
 from gauge import measured
@@ -58,6 +59,7 @@ from policy import (
     value_loss,
     whiten,
 )
+from reward import RewardModel
 from rollout import Drawn, Texts, likely, sample, states
 from run import Run, Tensors, UserError, generator, load_tensors, read_json
 from step import clip
@@ -103,6 +105,16 @@ def judged(judge: Judge, asked: Sequence[Asked], drawn: Drawn) -> Tensor:
     return scores
 
 
+class ByModel:
+    """A reward model as the judge."""
+
+    def __init__(self, model: RewardModel):
+        self.model = model
+
+    def __call__(self, asked: Sequence[Asked], drawn: Drawn) -> Tensor:
+        return self.model.scores(drawn.texts).to(drawn.log_p.dtype)
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -140,12 +152,9 @@ class Improve:
             raise UserError(
                 "--beta and --lr must be at least 0, --temperature, --eps and --explode above 0"
             )
-        if unknown_names := [name for name in self.tasks if name not in tasks.TASKS]:
-            raise UserError(
-                f"there is no task {unknown_names[0]!r}: choose among {', '.join(tasks.PLAIN)}"
-            )
-        if not self.tasks or not self.levels or not all(1 <= n <= 20 for n in self.levels):
-            raise UserError("--tasks must name some, and --levels be numbers from 1 to 20")
+        tasks.check(self.tasks, self.levels)
+        if not self.tasks:
+            raise UserError("--tasks must name some")
 
 
 @dataclass(frozen=True)
@@ -429,9 +438,9 @@ class OnlineImprovement(Improvement):
 
     def critic_model(self) -> Transformer:
         """The reward model's, which knows what is good, or else a copy of the policy."""
-        known = getattr(self.judge, "model", None)
-        body = known.model if known is not None else self.model
-        return copy.deepcopy(body).requires_grad_(True)
+        known = self.judge.model.model if isinstance(self.judge, ByModel) else None
+        alike = known is not None and known.config == self.model.config
+        return copy.deepcopy(known if alike else self.model)
 
     def values(self, texts: Texts, h: Tensor) -> Tensor:
         """What is expected before each token (B R): by the policy's states, or the critic's own."""
@@ -618,6 +627,18 @@ class DpoImprovement(Improvement):
 
 
 # --- the loop -------------------------------------------------------------------------------------
+
+
+def best_possible(it: Improvement, questions: int = 24, each: int = 24) -> list:
+    """The gauge's frontier, by answers of what the policy was; those that did not end as scored."""
+    c = it.config
+    asked = [it.ask(10**6 + q) for q in range(questions) for _ in range(each)]
+    was = it.writer._replace(model=it.reference)
+    prompts = [prompt_ids(was, one.turns) for one in asked]
+    drawn = sample(was, prompts, c.tokens, it.temperature, c.seed)
+    scores = judged(it.judge, asked, drawn).view(questions, each)
+    spread = max(scores.std().item(), 1e-6)
+    return gauge.frontier(scores, [spread * 10 ** (1 - 0.1 * i) for i in range(25)])
 
 
 def loop(it: Improvement, run: Run) -> None:

@@ -46,12 +46,7 @@ class Lessons:
     seed: int = 0
 
     def __post_init__(self):
-        if unknown := [name for name in self.tasks if name not in tasks.TASKS]:
-            raise UserError(
-                f"there is no task {unknown[0]!r}: choose among {', '.join(tasks.PLAIN)}"
-            )
-        if not self.levels or not all(1 <= n <= 20 for n in self.levels):
-            raise UserError("--levels must be numbers from 1 to 20")
+        tasks.check(self.tasks, self.levels)
         if self.count < 2 or self.turns < 1 or not 0 <= self.think <= 1:
             raise UserError("--count must be at least 2, --turns 1, and --think from 0 to 1")
 

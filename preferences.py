@@ -164,6 +164,41 @@ def ratings(record: dict) -> list[Rating]:
     return [Rating(prompt, response, rater, name, float(x)) for name, x in each.items()]
 
 
+def fault(one: Ranking | Rating, lowest: float, highest: float) -> str:
+    """Why nothing can be learnt from it, or an empty string."""
+    if isinstance(one, Rating):
+        if lowest <= one.value <= highest:
+            return "" if one.response.strip() else "an empty answer"
+        return f"a rating that is not from {lowest:g} to {highest:g}"
+    if not all(text.strip() for text in one.responses):
+        return "an empty answer"
+    return "the same answer twice" if len(set(one.responses)) < len(one.responses) else ""
+
+
+def usable(
+    path: Path, strict: bool = False, lowest: float = -math.inf, highest: float = math.inf
+) -> list[Ranking | Rating]:
+    """What a file says; what cannot be used is counted, and shown by an example.
+
+    UserError for the first such record if strict, and if nothing is left.
+    """
+    found, left_out = [], {}
+    for where, one in read(path):
+        why = one if isinstance(one, str) else fault(one, lowest, highest)
+        if not why:
+            found.append(one)
+        elif strict:
+            raise UserError(f"{where} {why if isinstance(one, str) else f'has {why}'}")
+        else:
+            times, first = left_out.get(why, (0, where))
+            left_out[why] = times + 1, first
+    for why, (times, first) in left_out.items():
+        print(f"left out {times:,} × {why}, as in {first}")
+    if not found:
+        raise UserError(f"{path} holds nothing to learn preferences from")
+    return found
+
+
 def line_of(one: Ranking | Rating) -> str:
     """A line of JSON, which `read` reads."""
     prompt = [{"role": role, "content": text} for role, text in one.prompt]
@@ -201,7 +236,7 @@ def ranked(
 
 
 def rated(asked: Problem, reply: str, rater: Rater, rng: random.Random) -> list[Rating]:
-    """By each criterion a number from 0 to 4."""
+    """By each criterion a number from 0 to 10."""
     prompt = [Turn("user", asked.question)]
     return [
         Rating(prompt, reply, rater.name, criterion, rater.rate(asked, reply, criterion, rng))

@@ -19,12 +19,14 @@ Papers: Wei et al. 2022, chain of thought (arXiv 2201.11903) and FLAN (arXiv 210
 """
 
 import hashlib
+import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count as count_from
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import tyro
@@ -378,6 +380,14 @@ def canonical(task: str, content: dict[str, str]) -> str:
     return f"{task} {' '.join(content[k] for k in sorted(content) if k in 'abxyz')}"
 
 
+def check(names: Sequence[str], levels: Sequence[int]) -> None:
+    """UserError for a task that there is not, or a level that nobody can be asked."""
+    if unknown := [name for name in names if name not in TASKS]:
+        raise UserError(f"there is no task {unknown[0]!r}: choose among {', '.join(PLAIN)}")
+    if not levels or not all(1 <= n <= 20 for n in levels):
+        raise UserError("--levels must be numbers from 1 to 20")
+
+
 def problem(
     task: str, level: int, on: Side, number: int, seed: int = 0, asked: Side | None = None
 ) -> Problem:
@@ -511,7 +521,7 @@ def honest(asked: Problem, reply: str) -> bool:
 
 CRITERIA = ("helpful", "honest", "harmless")
 RUDE = ("stupid", "silly", "shut up")
-MOST = 4  # ratings go from 0 to this
+MOST, WORTHLESS = 10, 3  # ratings go from 0 to 10; below 3 there is room for the strict
 
 
 def utility(asked: Problem, reply: str, criterion: str = "helpful") -> float:
@@ -545,7 +555,12 @@ class Rater:
 
     def rate(self, asked: Problem, reply: str, criterion: str, rng: random.Random) -> int:
         felt = self.felt(asked, reply, criterion)
-        return round(min(MOST, max(0, rng.gauss(felt, self.noise))))
+        return round(min(MOST, max(0, WORTHLESS + rng.gauss(felt, self.noise))))
+
+    def chances(self, felt: float) -> list[float]:
+        """How likely each rating from 0 on is where so much is felt: `rate`, as a distribution."""
+        far = ((x + 0.5 - WORTHLESS - felt) / (self.noise * 2**0.5) for x in range(MOST))
+        return [b - a for a, b in pairwise([0.0, *(0.5 + math.erf(z) / 2 for z in far), 1.0])]
 
 
 RATERS = (Rater("strict", 0.3, -0.5), Rater("kind", 0.5, 0.5), Rater("hasty", 1.0, 0.0, 0.3))

@@ -310,5 +310,5 @@ def test_the_check_knows_right_answers():
     (Grpo, {"horizon": 0}), (Ppo, {"temperature": 0.0}), (Ppo, {"beta": -1.0}),
 ])  # fmt: skip
 def test_a_wrong_setting_is_one_sentence(kind, how):
-    with pytest.raises(UserError, match="--|no task"):
+    with pytest.raises(UserError, match=r"--|no task"):
         kind(**how)

@@ -72,8 +72,9 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["examine", "rollout"],
     ["gauge", "reward"],
     ["improve"],
-    ["dry_run", "parallel_training"],
-    ["train", "align", "bench", "synthesize"],
+    ["dry_run", "parallel_training", "stages"],
+    ["train", "bench", "synthesize", "judge", "chain"],
+    ["align"],
     ["emergence"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from itertools import islice
 from statistics import mean
 
@@ -177,9 +178,21 @@ def test_raters_differ_as_they_are_made():
         wrong = "1 and then a long excuse for it " * 3
         rated = [rater.rate(asked, wrong, "helpful", rng) for _ in range(3000)]
         plain = [middle.rate(asked, wrong, "helpful", rng) for _ in range(3000)]
-        assert {*rated} <= {0, 1, 2, 3, 4}
+        assert {*rated} <= {*range(tasks.MOST + 1)}
         shift = rater.bias + rater.length * len(wrong) / 100
-        assert (mean(rated) > mean(plain)) == (shift > 0)
+        assert mean(rated) - mean(plain) == pytest.approx(shift, abs=0.1)
+
+
+@pytest.mark.parametrize("rater", tasks.RATERS, ids=lambda r: r.name)
+@pytest.mark.parametrize("reply", ["1", "nothing at all that is right", None])
+def test_chances_are_how_often_a_rating_comes(rater, reply):
+    asked, rng = problem("add", 2, "train", 0), random.Random(0)
+    reply = reply or asked.answer
+    chances = rater.chances(rater.felt(asked, reply))
+    came = Counter(rater.rate(asked, reply, "helpful", rng) for _ in range(20_000))
+    assert sum(chances) == pytest.approx(1) and len(chances) == tasks.MOST + 1
+    for value, chance in enumerate(chances):
+        assert came[value] / 20_000 == pytest.approx(chance, abs=0.015)
 
 
 def test_what_there_is_not_is_told():
