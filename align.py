@@ -177,6 +177,7 @@ def better(config: Improve) -> None:
         it = improvement(replace(config, run=tuned), writer, group)
         if config.resume:
             it.load(run)
+            run.forget_after(it.step)
         else:
             config = replace(config, run=tuned, name=config.name or lead(world, lambda: free(kind)))
             run = shared(world, lambda: new_run(config, writer))

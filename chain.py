@@ -26,6 +26,7 @@ from stages import lessons_file, start, trained
 
 SMALL = ("--model.dim", "96", "--model.layers", "3", "--model.context", "256",
          "--tokenizer.vocab-size", "320", "--batch", "32")  # fmt: skip
+LESSONS = 20_000  # conversations
 COLORS = {"sft": "#777777", "ppo": "#1f4e8c", "grpo": "#b5892e", "dpo": "#2a7f62"}
 
 
@@ -74,7 +75,7 @@ class Think:
 
 def undecided(config: Think, seed: int) -> str:
     """A run that has learnt sums, half of them at once and half with their steps, unasked."""
-    how = Lessons(("add",), config.digits, 20_000, think=0.5, unasked=True, turns=1, seed=seed)
+    how = Lessons(("add",), config.digits, LESSONS, think=0.5, unasked=True, turns=1, seed=seed)
     return trained(
         f"undecided-{config.tuning}-{seed}", "--objective", "chat", "--data.form", "chat",
         "--data.path", str(lessons_file(how)), *SMALL, "--steps", str(config.tuning), "--seed",
@@ -221,7 +222,7 @@ def chained(config: All, seed: int) -> dict[str, Run]:
         f"all-base-{config.base}", "--data.mix", "stories=world:@1", "facts=facts:@2",
         "quiz=quiz:4000@1", *SMALL, "--steps", str(config.base), *how,
     )  # fmt: skip
-    lessons = Lessons(config.tasks, config.levels, 20_000, think=0.5, unasked=True, turns=1,
+    lessons = Lessons(config.tasks, config.levels, LESSONS, think=0.5, unasked=True, turns=1,
                       seed=seed)  # fmt: skip
     tuned = trained(
         f"all-sft-{config.tuning}-{seed}", "--base", base, "--objective", "chat", "--data.form",

@@ -14,6 +14,7 @@ import align
 import chat
 import examine
 import generate
+import stages
 import train
 import writer
 from data import DataConfig, TokenizerConfig, prepare
@@ -133,11 +134,11 @@ def test_what_is_cut_and_what_cannot_be_read_is_said(folder):
 
 def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_used(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(align, "start", lambda *words: calls.append(words))
-    assert align.trained("base", "--steps", "4") == "base" and not calls
+    monkeypatch.setattr(stages, "start", lambda *words: calls.append(words))
+    assert stages.trained("base", "--steps", "4") == "base" and not calls
     shutil.rmtree(Run.open("base").newest())
-    align.trained("base")
-    align.trained("other", "--steps", "3")
+    stages.trained("base")
+    stages.trained("other", "--steps", "3")
     assert calls == [("train.py", "--resume", "--name", "base"),
                      ("train.py", "--name", "other", "--steps", "3")]  # fmt: skip
 

@@ -12,7 +12,7 @@ import preferences
 from chat import Turn
 from preferences import Ranking, Rating, ranked, rated, read, write
 from run import UserError
-from tasks import CRITERIA, Rater, problem
+from tasks import CRITERIA, WORTHLESS, Rater, problem
 
 WHY = [Turn("user", "Why?")]
 CHAT = [{"role": "user", "content": "Why?"}]
@@ -123,9 +123,11 @@ def test_what_lies_close_together_is_equal():
 def test_a_response_is_rated_by_each_criterion():
     one = problem("copy", 1, "train", 0)
     found = rated(one, one.answer, Rater("one", 1e-9), random.Random(0))
-    assert [r.criterion for r in found] == list(CRITERIA) and {r.value for r in found} == {4}
+    assert [r.criterion for r in found] == list(CRITERIA) and {r.value for r in found} == {
+        WORTHLESS + 4
+    }
     rude = rated(one, "silly", Rater("one", 1e-9), random.Random(0))
-    assert rude[-1].value == 0
+    assert rude[-1].value == WORTHLESS == 3
 
 
 # --- a person at a terminal -----------------------------------------------------------------------
