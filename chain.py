@@ -61,9 +61,9 @@ def in_numbers(values: Sequence[float], form: str) -> str:
 class Think:
     """Let a run that sometimes thinks learn from right and wrong alone."""
 
-    digits: tuple[int, ...] = (3, 4, 5)  # of the numbers to add
-    tuning: int = 900  # updates of the run that sometimes thinks
-    steps: int = 40  # rounds of PPO and of GRPO
+    digits: tuple[int, ...] = (4, 5, 6)  # of the numbers to add
+    tuning: int = 700  # updates of the run that sometimes thinks
+    steps: int = 30  # rounds of PPO and of GRPO
     seeds: int = 1
     asked: int = 100  # sums in the examinations before and after
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -95,8 +95,8 @@ def think(config: Think) -> None:
             found[kind].append(improved(
                 kind, f"think-{kind}-{config.steps}-{seed}", "--run", run, "--tasks", "add",
                 "--levels", *map(str, config.digits), "--steps", str(config.steps), "--lr", lr,
-                "--beta", "0.01", "--asked", str(config.asked), "--seed", str(seed),
-                "--device", config.device,
+                "--beta", "0.01", "--tokens", "160", "--asked", str(config.asked),
+                "--seed", str(seed), "--device", config.device,
             ))  # fmt: skip
     rows = []
     for kind, runs in found.items():

@@ -197,7 +197,7 @@ class Ppo(Online):
     value_weight: float = 0.1  # of its loss
     value_clip: float = 0.2  # how far a value may move in a round
     gamma: float = 1.0  # what the next token's reward counts now
-    lam: float = 0.95  # of GAE: 0 trusts the values, 1 what came
+    lam: float = 1.0  # of GAE: 0 trusts the values, 1 what came; 0.95 in the papers
     whiten_rewards: bool = False  # to variance 1, the mean stays
     whiten_advantages: bool = True  # to mean 0 and variance 1
 

@@ -19,6 +19,7 @@ from test_train import run
 import align
 import chain
 import gauge
+import improve
 import judge
 import preferences
 import reward
@@ -29,6 +30,7 @@ from improve import Dpo, Grpo, Ppo
 from instruct import Lessons, lessons, write
 from judge import Label, Prefer, Reward, felt_better, own_noise
 from preferences import Ranking, Rating, fault, usable
+from rollout import sample
 from run import RUNS, Run, UserError, write_json
 from tasks import RATERS, WORTHLESS, Rater, problem
 
@@ -272,6 +274,10 @@ def test_the_frontier_is_the_closed_form():
 
 def test_the_chain_at_a_tiny_size(folder, monkeypatch, capsys):
     monkeypatch.setattr(chain, "LESSONS", 60)
+    monkeypatch.setattr(improve, "best_possible", lambda it: [(0.0, 0.0), (1.0, 1.0)])
+    monkeypatch.setattr(
+        improve, "sample", lambda writer, prompts, tokens, *rest: sample(writer, prompts, 4, *rest)
+    )
     monkeypatch.setattr(chain, "trained", lambda name, *words: "sft")
     chain.think(chain.Think((1,), tuning=2, steps=2, seeds=2, asked=2, device="cpu"))
     assert "GRPO" in capsys.readouterr().out and (RUNS / "think.png").is_file()

@@ -48,7 +48,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "ranks",
     ],
     ["merges", "vocabulary", "sparse", "tasks", "policy"],
-    ["bpe", "chat", "positions", "model_files", "data_parallel"],
+    ["bpe", "frontier", "chat", "positions", "model_files", "data_parallel"],
     ["attention"],
     [
         "documents",
