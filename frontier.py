@@ -85,14 +85,13 @@ def with_k3(start: Tensor, scores: Tensor, beta: float, scaled: bool = True) -> 
     """
     spread = 1.0
     for _ in range(60 if scaled else 1):
-        value, whole = scores, torch.zeros(1, dtype=torch.float64)
+        value, whole = scores, torch.zeros_like(scores)
         for t in reversed(range(L)):
             p = start[:: V ** (L - 1 - t), t].view(V**t, V).exp()
             q = value.view(V**t, V) / spread
             now = tilted(p, q, beta)
             value = (now * value.view(V**t, V)).sum(1)
-            whole = (now.log()[..., None] + whole.view(-1, V, V ** (L - 1 - t) if t < L - 1 else 1)
-                     ).flatten()  # fmt: skip
+            whole = (now.log()[..., None] + whole.view(-1, V, V ** (L - 1 - t))).flatten()
         if scaled:
             weights = whole.exp()
             spread = (weights * (scores - (weights * scores).sum()) ** 2).sum().sqrt() + 1e-4
