@@ -80,6 +80,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
 
 SMALL = "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16"
+IMPROVE = "--run sft --tasks copy --levels 1 --steps 1 --asked 1 --tokens 3"
 # Settings that make each script's work tiny, added behind the command; the last of two flags holds.
 TINY = {
     "train.py": f"--steps 2 --batch 2 {SMALL}",
@@ -101,7 +102,15 @@ TINY = {
     "synthesize.py": "--run base --count 1 --rounds 1",
     "align.py": "",
     "align.py sft": "--base base --asked 1 --steps 2 --lessons.count 60 --lessons.levels 1",
-    "align.py label": "--run base --count 1 --each 2 --tokens 3",
+    "align.py label": "--run sft --count 1 --each 2 --tokens 3",
+    "align.py prefer": "--run sft --count 2 --each 2 --tokens 3",
+    "align.py reward": "--run sft --batch 2 --epochs 1 --held 0.5",
+    **{f"align.py {name}": IMPROVE for name in ("ppo", "grpo")},
+    "align.py dpo": f"{IMPROVE} --preferences preferences.jsonl",
+    "align.py think": "--digits 1 --tuning 2 --steps 1 --asked 1",
+    "align.py hack": "--count 20 --steps 2",
+    "align.py all": "--base 2 --tuning 2 --compared 20 --steps 1 --asked 1 --tasks copy --levels 1",
+    "frontier.py": "--betas 3",
     "emergence.py": "shots --steps 2 --asked 10",
     "emergence.py shots": "--steps 2 --asked 10",
     "emergence.py thought": "--steps 2 --asked 1 --votes 1 --seeds 1 --digits 1",
