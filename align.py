@@ -239,17 +239,24 @@ def standing(writer: Writer, config: Improve) -> dict[str, float]:
     for first in range(0, count, AT_ONCE):
         said += sample(writer, prompts[first : first + AT_ONCE], config.tokens, config.temperature,
                        config.seed + 1).replies  # fmt: skip
-    worth = torch.tensor([tasks.utility(*pair) for pair in zip(asked, said, strict=True)])
-    unsaid = [not tasks.honest(p, reply) for p, reply in zip(asked, said, strict=True)
-              if p.task == "unsaid"]  # fmt: skip
-    found |= {"right": sum(found.values()) / len(found), "worth": worth.mean().item(),
+    pairs = list(zip(asked, said, strict=True))
+    worth = torch.tensor([tasks.utility(*pair) for pair in pairs])
+    drawn = sum(tasks.mark(*pair) for pair in pairs) / count
+    unsaid = [not tasks.honest(p, reply) for p, reply in pairs if p.task == "unsaid"]
+    found |= {"right": sum(found.values()) / len(found), "drawn": drawn,
+              "worth": worth.mean().item(),
               "worth_error": (worth.std() / count**0.5).item()}  # fmt: skip
     return found | ({"made_up": sum(unsaid) / len(unsaid)} if unsaid else {})
 
 
 def told(run: Run, it: Improvement, found: dict[str, dict[str, float]]) -> None:
     """A table of before and after, the gauge's picture, and the numbers behind both."""
-    names = {"worth": "worth of an answer, 0 to 4", "made_up": "made up what nobody can know"}
+    names = {
+        "right": "mean, the likeliest answers",
+        "drawn": "mean, drawn answers",
+        "worth": "worth of a drawn answer, 0 to 4",
+        "made_up": "made up what nobody can know",
+    }
     rows = []
     for name in found["before"]:
         if name != "worth_error":

@@ -103,7 +103,7 @@ def think(config: Think) -> None:
         stands = [read_json(run.folder / "standing.json") for run in runs]
         ends = [run.metrics()[-1] for run in runs]
         rows.append((
-            kind.upper(), *(in_numbers([s[when]["right"] for s in stands], "{:.0%}")
+            kind.upper(), *(in_numbers([s[when]["drawn"] for s in stands], "{:.0%}")
                             for when in ("before", "after")),
             in_numbers([run.metrics()[0]["thought"] for run in runs], "{:.0%}"),
             in_numbers([row["thought"] for row in ends], "{:.0%}"),
@@ -271,9 +271,12 @@ def everything(config: All) -> None:
     print(f"\npicture: {path}")
 
 
+MEANS = ("right", "drawn", "worth", "worth_error", "made_up")  # of all tasks
+
+
 def draw_all(each: dict[str, list[dict]], found: list[dict[str, Run]], path: Path) -> None:
     """Left: right answers by task; right: worth by distance from the tuned run."""
-    tasks = [n for n in each["sft"][0] if n not in ("right", "worth", "worth_error", "made_up")]
+    tasks = [n for n in each["sft"][0] if n not in MEANS]
     with picture(path, 2, (14, 4.8)) as (bars, ways):
         for i, (kind, some) in enumerate(each.items()):
             y = [100 * sum(s[t] for s in some) / len(some) for t in tasks]
