@@ -88,7 +88,7 @@ def draw(rows: Sequence[dict], path: Path, best: Sequence[tuple[float, float]] =
     steps = [row["step"] for row in rows]
     with picture(path, 3, (15, 4.5)) as (by_step, by_kl, form):
         twin = by_step.twinx()
-        for axes, name in ((by_step, "reward"), (twin, "worth")):
+        for axes, name in ((by_step, "worth"), (twin, "reward")):  # what lies above is dashed
             if all(name in row for row in rows):
                 y = smooth([row[name] for row in rows])
                 axes.plot(steps, y, color=LOOKS[name], linestyle="-" if name == "worth" else "--")

@@ -158,14 +158,16 @@ BUGS = {
             ("reference = self.likely(self.reference, texts)",
              "reference = self.likely(self.model, texts)"),
             ('self.beta = state.pop("beta").item()', 'state.pop("beta")'),
-            ("if not (good := torch.isfinite(scores)).all():", "if (good := scores < 9e99).sum() < 0:"),
+            ("if not (good := torch.isfinite(scores)).all():",
+             "if (good := scores < 9e99).sum() < 0:"),
         ],
     ),
     "gauge": (
         ("test_judge.py",),
         [
             ("return 1 - len(set(runs)) / len(runs)", "return len(set(runs)) / len(runs)"),
-            ("(scores.double() / beta).log_softmax(-1)", "(scores.double() * beta).log_softmax(-1)"),
+            ("(scores.double() / beta).log_softmax(-1)",
+             "(scores.double() * beta).log_softmax(-1)"),
             ("torch.tensor(scores.shape[-1]).log()", "torch.tensor(1.0).log()"),
         ],
     ),

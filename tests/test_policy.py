@@ -206,3 +206,75 @@ def test_nothing_depends_on_batches_or_on_the_width(seed, B, T, parts, pads):
         return p.grad[:, :T]
 
     assert torch.allclose(gradient(parts, pads), gradient(1, 0), atol=1e-12)
+
+
+# --- the formulas of a trusted library ------------------------------------------------------------
+
+
+def masked(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+@given(seeds, st.integers(2, 6), sizes, st.floats(0.05, 0.5), st.floats(0.01, 1))
+def test_they_are_trl_s(seed, B, T, clip, beta):
+    """As trl (0.24 and 1.16) computes them, from differences, clamps and maxima in its own order."""
+    (log_p, old, ref, adv, values, old_values, returns), mask = drawn(seed, B, T, 7)
+    ratio = torch.exp(log_p - old)
+    ppo = torch.max(-adv * ratio, -adv * torch.clamp(ratio, 1.0 - clip, 1.0 + clip))
+    mine = mean(policy_loss(log_p, old, adv, clip), mask)
+    assert mine.item() == pytest.approx(masked(ppo, mask).item(), abs=1e-12)
+    near = torch.clamp(values, old_values - clip, old_values + clip)
+    value = 0.5 * masked(torch.max((values - returns) ** 2, (near - returns) ** 2), mask)
+    mine = mean(value_loss(values, old_values, returns, clip), mask)
+    assert mine.item() == pytest.approx(value.item(), abs=1e-12)
+    per_token = -torch.min(ratio * adv, torch.clamp(ratio, 1 - clip, 1 + clip) * adv)
+    per_token = per_token + beta * (torch.exp(ref - log_p) - (ref - log_p) - 1)
+    grpo = (per_token * mask).sum() / mask.sum()  # loss_type "dapo": over all tokens
+    mine = mean(policy_loss(log_p, old, adv, clip) + beta * k3(log_p, ref), mask)
+    assert mine.item() == pytest.approx(grpo.item(), abs=1e-12)
+    whitened = (adv - masked(adv, mask)) * torch.rsqrt(
+        masked((adv - masked(adv, mask)) ** 2, mask) + 1e-8
+    )
+    assert torch.allclose(whiten(adv, mask), whitened * mask, atol=1e-12)
+    rewards, kl = (-beta * (log_p - ref)) * mask, old[:, 0]
+    rewards[torch.arange(B), mask.sum(1).long() - 1] += kl
+    assert torch.allclose(token_rewards(kl, log_p, ref, mask, beta), rewards, atol=1e-12)
+
+
+@given(seeds, sizes, st.floats(0.01, 2), st.floats(0, 0.5))
+def test_dpo_is_trl_s(seed, B, beta, smoothing):
+    chosen, rejected, ref_chosen, ref_rejected = (x.detach() for x in normals(seed, *[(B,)] * 4))
+    logits = (chosen - rejected) - (ref_chosen - ref_rejected)
+    theirs = (
+        -torch.nn.functional.logsigmoid(beta * logits) * (1 - smoothing)
+        - torch.nn.functional.logsigmoid(-beta * logits) * smoothing
+    )
+    mine = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing)
+    assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+@given(seeds, st.integers(1, 4), st.integers(2, 6))
+def test_group_advantages_are_trl_s(seed, B, G):
+    (rewards,) = (x.detach() for x in normals(seed, (B * G,)))
+    middle = rewards.view(-1, G).mean(1).repeat_interleave(G)
+    spread = rewards.view(-1, G).std(1).repeat_interleave(G)
+    theirs = (rewards - middle) / (spread + 1e-4)
+    assert torch.allclose(group_advantages(rewards.view(-1, G)).flatten(), theirs, atol=1e-12)
+
+
+@given(seeds, sizes, sizes)
+def test_losses_have_the_gradient_of_finite_differences(seed, B, T):
+    (log_p, old, adv, values, returns), mask = drawn(seed, B, T, 5)
+    losses = {
+        "policy": lambda x: mean(policy_loss(x, old, adv), mask),
+        "value": lambda x: mean(value_loss(x, values, returns), mask),
+        "k3": lambda x: mean(k3(x, old), mask),
+        "dpo": lambda x: dpo_loss(x.sum(1), old.sum(1), adv.sum(1), values.sum(1)).mean(),
+    }
+    way = torch.randn(log_p.shape, generator=torch.Generator().manual_seed(seed)).double()
+    for name, loss in losses.items():
+        x = log_p.clone().requires_grad_()
+        loss(x).backward()
+        up, down = (loss(log_p + s * 1e-6 * way).item() for s in (1, -1))
+        slope = (x.grad * way).sum().item()
+        assert slope == pytest.approx((up - down) / 2e-6, abs=1e-7), name
