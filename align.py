@@ -196,9 +196,11 @@ def improvement(config: Improve, writer: Writer, world: Group | None) -> Improve
     if config.reward:
         device = writer.model.embedding.device
         judged_by = ByModel(load_reward(Run.open(config.reward), writer.tokenizer, device))
+    asked = improve.questions_of(Path(config.path)) if config.path else ()
     if isinstance(config, Dpo):
-        return improve.DpoImprovement(config, writer, judged_by, pairs(config, writer), world)
-    return improve.OnlineImprovement(config, writer, judged_by, world)
+        found = pairs(config, writer)
+        return improve.DpoImprovement(config, writer, judged_by, found, world, asked)
+    return improve.OnlineImprovement(config, writer, judged_by, world, asked)
 
 
 def pairs(config: Dpo, writer: Writer) -> list[Pair]:

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,6 +106,18 @@ def judged(judge: Judge, asked: Sequence[Asked], drawn: Drawn) -> Tensor:
     return scores
 
 
+def questions_of(path: Path) -> list[Asked]:
+    """Conversations up to the last reply; UserError for a record that is none."""
+    found = []
+    for where, turns in chat.conversations(path):
+        if isinstance(turns, str):
+            raise UserError(f"{where} {turns}")
+        found.append(Asked(turns[:-1]))
+    if not found:
+        raise UserError(f"{path} holds no conversation")
+    return found
+
+
 class ByModel:
     """A reward model as the judge."""
 
@@ -128,6 +141,7 @@ class Improve:
     reward: str = ""  # a run of align.py reward, which judges; empty: whether an answer is right
     tasks: tuple[str, ...] = tasks.PLAIN  # what is asked
     levels: tuple[int, ...] = (1, 2, 3)  # of their difficulty
+    path: str = ""  # instead, conversations of yours, of which the last question is asked
     steps: int = 60  # rounds of answers
     batch: int = 64  # responses that go through the model at once
     lr: float = 3e-4  # highest learning rate; it falls to 0
@@ -153,6 +167,8 @@ class Improve:
                 "--beta and --lr must be at least 0, --temperature, --eps and --explode above 0"
             )
         tasks.check(self.tasks, self.levels)
+        if self.path and not self.reward:
+            raise UserError("--path needs a --reward, which judges what nobody can check")
         if not self.tasks:
             raise UserError("--tasks must name some")
 
@@ -565,9 +581,9 @@ class DpoImprovement(Improvement):
 
     def __init__(
         self, config: Dpo, writer: Writer, judge: Judge, pairs: Sequence[Pair],
-        world: Group | None = None,
+        world: Group | None = None, asked: Sequence[Asked] = (),
     ):  # fmt: skip
-        super().__init__(config, writer, judge, world)
+        super().__init__(config, writer, judge, world, asked)
         self.pairs, self.known = list(pairs), {}
         if world and config.pairs < world.size:
             raise UserError(f"--pairs {config.pairs} are less than the {world.size} processes")

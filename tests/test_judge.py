@@ -240,6 +240,19 @@ def test_a_reward_model_judges_and_its_weights_begin_the_critic(folder):
     align.better(config)
 
 
+def test_questions_of_one_s_own_are_judged_by_a_model(folder):
+    judge.reward(Reward(name="judge", count=30, held=0.3, epochs=1, **ASK))
+    config = Grpo(name="better", reward="judge", path="talk.jsonl", **SHORT)
+    align.better(config)
+    row = Run.open("better").metrics()[-1]
+    assert "reward" in row and "right" not in row
+    with pytest.raises(UserError, match="--path needs a --reward"):
+        Grpo(path="talk.jsonl")
+    Path("none.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(UserError, match=r"none\.jsonl:1"):
+        align.better(replace(config, name="other", path="none.jsonl"))
+
+
 def test_who_knows_no_roles_cannot_be_asked(folder):
     assert run("train.py", "--data.mix", "a=world:60", "--name", "base", *SMALL, *TINY, "--steps",
                "2", "--tokenizer.vocab-size", "300")[0] == 0  # fmt: skip

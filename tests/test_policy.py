@@ -217,7 +217,7 @@ def masked(x, mask):
 
 @given(seeds, st.integers(2, 6), sizes, st.floats(0.05, 0.5), st.floats(0.01, 1))
 def test_they_are_trl_s(seed, B, T, clip, beta):
-    """As trl (0.24 and 1.16) computes them, from differences, clamps and maxima in its own order."""
+    """As trl (0.24 and 1.16) computes them, from clamps and maxima in its own order."""
     (log_p, old, ref, adv, values, old_values, returns), mask = drawn(seed, B, T, 7)
     ratio = torch.exp(log_p - old)
     ppo = torch.max(-adv * ratio, -adv * torch.clamp(ratio, 1.0 - clip, 1.0 + clip))
