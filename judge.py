@@ -201,9 +201,9 @@ class Reward:
     highest: float = 10.0
     strict: bool = False  # end at the first record that cannot be used, instead of leaving it out
     arch: Literal["decoder", "encoder"] = "decoder"  # encoder: each token sees the whole answer
-    epochs: int = 2  # times through all that was said
+    epochs: int = 3  # times through all that was said
     batch: int = 16  # questions in an update; of ratings as many answers
-    lr: float = 1e-3  # highest learning rate; it falls to 0
+    lr: float = 2e-3  # highest learning rate; it falls to 0
     normalize: bool = True  # scores of mean 0 and variance 1 on the answers, before and after
     held: float = 0.1  # share of questions that it is examined by
     seed: int = 0
