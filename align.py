@@ -244,7 +244,7 @@ def standing(writer: Writer, config: Improve) -> dict[str, float]:
     pairs = list(zip(asked, said, strict=True))
     worth = torch.tensor([tasks.utility(*pair) for pair in pairs])
     drawn = sum(tasks.mark(*pair) for pair in pairs) / count
-    unsaid = [not tasks.honest(p, reply) for p, reply in pairs if p.task == "unsaid"]
+    unsaid = [not tasks.honest(p, said) for p, said in pairs if tasks.honest(p, p.answer)]
     found |= {"right": sum(found.values()) / len(found), "drawn": drawn,
               "worth": worth.mean().item(),
               "worth_error": (worth.std() / count**0.5).item()}  # fmt: skip

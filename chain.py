@@ -200,7 +200,7 @@ def draw_hack(found: dict[float, list[dict]], path: Path) -> None:
 class All:
     """Base, instructions, comparisons, reward model, PPO, DPO and GRPO."""
 
-    tasks: tuple[str, ...] = ("add", "story", "unsaid")
+    tasks: tuple[str, ...] = ("add", "look up", "absent")
     levels: tuple[int, ...] = (2, 3)  # of their difficulty
     often: str = "add"  # the task that three more of six lessons are about, as it is long
     base: int = 300  # updates of the base
@@ -259,8 +259,8 @@ def everything(config: All) -> None:
     each = {"sft": first} | {kind: [s["after"] for s in some] for kind, some in stands.items()}
     rows, forms = [], {"right": "{:.0%}", "worth": "{:.2f}", "made_up": "{:.0%}"}
     for kind, some in each.items():
-        ends = [one[kind].metrics()[-1] for one in found] if kind != "sft" else []
-        ends = [row for row in ends if "kl" in row]
+        ways = [one[kind].metrics() for one in found] if kind != "sft" else []
+        ends = [[row for row in way if "kl" in row][-1] for way in ways]
         rows.append((
             kind.upper(), *(in_numbers([s[n] for s in some], form) if n in some[0] else "-"
                             for n, form in forms.items()),

@@ -231,6 +231,17 @@ def look_up(content: dict[str, str]) -> Solved:
     return Solved(rows[content["y"]], [f"It says {content['y']} {rows[content['y']]}."])
 
 
+def table_without(rng: random.Random, level: int) -> dict[str, str]:
+    """The same, and a name that is in none of its rows."""
+    content = table(rng, level)
+    others = [name for name in world.NAMES if name not in content["x"]]
+    return content | {"y": rng.choice(others)}
+
+
+def look_in_vain(content: dict[str, str]) -> Solved:
+    return Solved(world.NOBODY.rstrip("."), [f"It does not say {content['y']}."])
+
+
 def gains_and_losses(rng: random.Random, level: int) -> dict[str, str]:
     """Somebody has some things, and gets or gives, twice or as often as the level says."""
     name, thing = rng.choice(world.NAMES), rng.choice(world.THINGS)
@@ -279,6 +290,12 @@ def told(content: dict[str, str]) -> Solved:
 
 # --- the table ------------------------------------------------------------------------------------
 
+LOOK_UP = (
+    "Here is a table: {x}. What does it say of {y}?", "{x}. Look up {y}.",
+    "Look up {y} in this table: {x}", "Table: {x}. What is the number of {y}?",
+    "{x}. Which number has {y}?", "In the table {x}, what stands behind {y}?",
+    "Which number belongs to {y}? {x}", "Find {y}: {x}",
+)  # fmt: skip
 TASKS = {
     "add": Task(numbers, add, (
         "{a} + {b}", "What is {a} + {b}?", "Add {a} and {b}.", "The sum of {a} and {b}?",
@@ -308,12 +325,8 @@ TASKS = {
         "What is {x} if {y} becomes {z}?", "Please replace {y} by {z}: {x}",
         "Write {z} instead of {y} in {x}.", "I have {x}. Replace {y} by {z}.",
     )),
-    "look up": Task(table, look_up, (
-        "Here is a table: {x}. What does it say of {y}?", "{x}. Look up {y}.",
-        "Look up {y} in this table: {x}", "Table: {x}. What is the number of {y}?",
-        "{x}. Which number has {y}?", "In the table {x}, what stands behind {y}?",
-        "Which number belongs to {y}? {x}", "Find {y}: {x}",
-    )),
+    "look up": Task(table, look_up, LOOK_UP),
+    "absent": Task(table_without, look_in_vain, LOOK_UP),
     "reckon": Task(gains_and_losses, reckon, (
         "{x} How many {z} does {y} have now?", "{x} How many {z} are left?",
         "{x} Count the {z} of {y}.", "How many {z} does {y} have at the end? {x}",

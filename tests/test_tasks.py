@@ -55,6 +55,9 @@ def test_answers_are_right(name, level, on, number):
     elif name == "look up":
         row = re.search(rf"\b{asked.key.split()[-1]} (\d)", question)
         assert answer == row[1]
+    elif name == "absent":
+        assert not re.search(rf"\b{asked.key.split()[-1]} \d", question)
+        assert tasks.honest(asked, asked.answer) and not tasks.honest(asked, "3")
     elif name == "reckon":
         gets = sum(map(int, re.findall(r"gets (\d) more", question)))
         gives = sum(map(int, re.findall(r"gives away (\d)", question)))
