@@ -230,24 +230,37 @@ def new_run(config: Improve, writer: Writer) -> Run:
     return run
 
 
-def standing(writer: Writer, config: Improve) -> dict[str, float]:
-    """On questions that no round asks: right answers by task, and what drawn answers are worth."""
-    count = config.asked * len(config.tasks)
-    how = Examine(tasks=config.tasks, levels=config.levels, wording="known", count=config.asked,
-                  seed=config.seed, tokens=config.tokens)  # fmt: skip
-    found = {r.kind: r.right for r in examined(writer, how)}
-    asked = problems(config.tasks, config.levels, count, "test", config.seed)
+def drawn_answers(
+    writer: Writer, names: Sequence[str], config: Improve
+) -> list[tuple[tasks.Problem, str]]:
+    """One to each question of the tasks, as the policy draws them."""
+    asked = problems(names, config.levels, config.asked * len(names), "test", config.seed)
     prompts, said = [improve.prompt_ids(writer, question(p).turns) for p in asked], []
-    for first in range(0, count, AT_ONCE):
-        said += sample(writer, prompts[first : first + AT_ONCE], config.tokens, config.temperature,
-                       config.seed + 1).replies  # fmt: skip
-    pairs = list(zip(asked, said, strict=True))
-    worth = torch.tensor([tasks.utility(*pair) for pair in pairs])
-    drawn = sum(tasks.mark(*pair) for pair in pairs) / count
-    unsaid = [not tasks.honest(p, said) for p, said in pairs if tasks.honest(p, p.answer)]
-    found |= {"right": sum(found.values()) / len(found), "drawn": drawn,
-              "worth": worth.mean().item(),
-              "worth_error": (worth.std() / count**0.5).item()}  # fmt: skip
+    for first in range(0, len(asked), AT_ONCE):
+        some = prompts[first : first + AT_ONCE]
+        said += sample(writer, some, config.tokens, config.temperature, config.seed + 1).replies
+    return list(zip(asked, said, strict=True))
+
+
+def standing(writer: Writer, config: Improve) -> dict[str, float]:
+    """On questions that no round asks: right answers by task, and what drawn answers are worth.
+
+    Means are over the tasks that are improved; made up is what nobody can know, of all tasks.
+    """
+    how = Examine(tasks=(*config.tasks, *config.also), levels=config.levels, wording="known",
+                  count=config.asked, seed=config.seed, tokens=config.tokens)  # fmt: skip
+    found = {r.kind: r.right for r in examined(writer, how)}
+    drawn = drawn_answers(writer, config.tasks, config)
+    worth = torch.tensor([tasks.utility(*pair) for pair in drawn])
+    found |= {
+        "right": sum(found[name] for name in config.tasks) / len(config.tasks),
+        "drawn": sum(tasks.mark(*pair) for pair in drawn) / len(drawn),
+        "worth": worth.mean().item(),
+        "worth_error": (worth.std() / len(drawn) ** 0.5).item(),
+    }
+    if config.also:
+        drawn += drawn_answers(writer, config.also, config)
+    unsaid = [not tasks.honest(*pair) for pair in drawn if tasks.honest(pair[0], pair[0].answer)]
     return found | ({"made_up": sum(unsaid) / len(unsaid)} if unsaid else {})
 
 

@@ -141,6 +141,7 @@ class Improve:
     reward: str = ""  # a run of align.py reward, which judges; empty: whether an answer is right
     tasks: tuple[str, ...] = tasks.PLAIN  # what is asked
     levels: tuple[int, ...] = (1, 2, 3)  # of their difficulty
+    also: tuple[str, ...] = ()  # further tasks that only the examinations ask
     path: str = ""  # instead, conversations of yours, of which the last question is asked
     steps: int = 60  # rounds of answers
     batch: int = 64  # responses that go through the model at once
@@ -166,7 +167,7 @@ class Improve:
             raise UserError(
                 "--beta and --lr must be at least 0, --temperature, --eps and --explode above 0"
             )
-        tasks.check(self.tasks, self.levels)
+        tasks.check((*self.tasks, *self.also), self.levels)
         if self.path and not self.reward:
             raise UserError("--path needs a --reward, which judges what nobody can check")
         if not self.tasks:

@@ -295,7 +295,7 @@ def test_the_chain_at_a_tiny_size(folder, monkeypatch, capsys):
     chain.think(chain.Think((1,), tuning=2, steps=2, seeds=2, asked=2, device="cpu"))
     assert "GRPO" in capsys.readouterr().out and (RUNS / "think.png").is_file()
     chain.everything(
-        chain.All(("copy", "unsaid"), (1,), "copy", compared=30, steps=1, asked=2, device="cpu")
+        chain.All(("copy",), ("absent",), (1,), compared=30, steps=1, asked=2, device="cpu")
     )
     out = capsys.readouterr().out
     assert all(name in out for name in ("SFT", "PPO", "GRPO", "DPO", "made up"))

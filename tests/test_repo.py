@@ -110,7 +110,7 @@ TINY = {
     "align.py think": "--digits 1 --tuning 2 --steps 1 --asked 1",
     "align.py hack": "--count 20 --steps 2",
     "align.py all": (
-        "--often copy --base 2 --tuning 2 --compared 20 --steps 1 --asked 1 --tasks copy --levels 1"
+        "--tasks copy --levels 1 --base 2 --tuning 2 --compared 20 --steps 1 --asked 1"
     ),
     "frontier.py": "--betas 3",
     "emergence.py": "shots --steps 2 --asked 10",
