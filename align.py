@@ -43,14 +43,16 @@ import gauge
 import improve
 import judge
 import preferences
+import questions
 import tasks
 from chat import END, keep_template, knows_roles
 from examine import Examine, Result, examined, writer_of
-from improve import ByModel, Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop, question
+from improve import Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop
 from instruct import Lessons
 from judge import AT_ONCE, problems
 from mesh import Group, join
 from parallel_training import lead, one_voice, shared
+from questions import ByModel, prompt_ids, question
 from reward import load as load_reward
 from rollout import sample
 from run import (
@@ -192,11 +194,11 @@ def improvement(config: Improve, writer: Writer, world: Group | None) -> Improve
     """What moves the run, with its judge; UserError if they do not belong together."""
     if not knows_roles(writer.tokenizer):
         raise UserError(f"{config.run} knows no roles: tune it first with python align.py sft")
-    judged_by = improve.checked
+    judged_by = questions.checked
     if config.reward:
         device = writer.model.embedding.device
         judged_by = ByModel(load_reward(Run.open(config.reward), writer.tokenizer, device))
-    asked = improve.questions_of(Path(config.path)) if config.path else ()
+    asked = questions.questions_of(Path(config.path)) if config.path else ()
     if isinstance(config, Dpo):
         found = pairs(config, writer)
         return improve.DpoImprovement(config, writer, judged_by, found, world, asked)
@@ -212,7 +214,7 @@ def pairs(config: Dpo, writer: Writer) -> list[Pair]:
     found = []
     for one in preferences.usable(Path(path), config.strict):
         if isinstance(one, preferences.Ranking):
-            prompt = improve.prompt_ids(writer, one.prompt)
+            prompt = prompt_ids(writer, one.prompt)
             ids = [tokenizer.encode(text) + end for text in one.responses]
             found += [Pair(prompt, ids[i], ids[j]) for i, j, often in one.pairs() if often == 1]
     if not found:
@@ -235,7 +237,7 @@ def drawn_answers(
 ) -> list[tuple[tasks.Problem, str]]:
     """One to each question of the tasks, as the policy draws them."""
     asked = problems(names, config.levels, config.asked * len(names), "test", config.seed)
-    prompts, said = [improve.prompt_ids(writer, question(p).turns) for p in asked], []
+    prompts, said = [prompt_ids(writer, question(p).turns) for p in asked], []
     for first in range(0, len(asked), AT_ONCE):
         some = prompts[first : first + AT_ONCE]
         said += sample(writer, some, config.tokens, config.temperature, config.seed + 1).replies

@@ -33,9 +33,9 @@ import preferences
 import tasks
 from chat import END, Turn, Turns, knows_roles
 from examine import writer_of
-from improve import Asked, prompt_ids, question
 from optim import OptimConfig
 from preferences import Ranking, Rating, label, ranked, rated, usable
+from questions import Asked, prompt_ids, question
 from reward import (
     LOSSES,
     Judged,

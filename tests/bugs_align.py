@@ -158,8 +158,15 @@ BUGS = {
             ("reference = self.likely(self.reference, texts)",
              "reference = self.likely(self.model, texts)"),
             ('self.beta = state.pop("beta").item()', 'state.pop("beta")'),
+        ],
+    ),
+    "questions": (
+        ("test_improve.py", "test_judge.py"),
+        [
             ("if not (good := torch.isfinite(scores)).all():",
              "if (good := scores < 9e99).sum() < 0:"),
+            ("tasks.mark(one.problem, said) for", "not tasks.mark(one.problem, said) for"),
+            ("found.append(Asked(turns[:-1]))", "found.append(Asked(turns))"),
         ],
     ),
     "gauge": (

@@ -16,14 +16,12 @@ from improve import (
     OnlineImprovement,
     Pair,
     Ppo,
-    checked,
-    judged,
     loop,
-    question,
 )
 from mesh import Mesh
 from model import Transformer
 from policy import gae, group_advantages, token_rewards
+from questions import checked, judged, question
 from rollout import likely, states
 from run import Run, UserError
 from tasks import problem

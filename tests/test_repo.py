@@ -71,6 +71,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["evaluate", "parallel", "training"],
     ["examine", "rollout"],
     ["gauge", "reward"],
+    ["questions"],
     ["improve"],
     ["dry_run", "parallel_training", "stages"],
     ["train", "bench", "synthesize", "judge", "chain"],
