@@ -19,7 +19,7 @@ Run: python align.py sft                      some minutes; a base run is made i
      python align.py sft --path conversations.jsonl            instead of the lessons
      python align.py sft --mix alpaca=alpaca_data.json --cap 500000   beside them
      python align.py label --run sft --out preferences.jsonl
-     python align.py prefer --run sft --out preferences.jsonl
+     python align.py prefer --run sft --out simulated.jsonl
      python align.py reward --run sft --preferences preferences.jsonl
      python align.py grpo --run sft --tasks add reverse --steps 40
      python align.py ppo --run sft --reward reward

@@ -66,11 +66,12 @@ class Think:
     steps: int = 30  # rounds of PPO and of GRPO
     seeds: int = 1
     asked: int = 100  # sums in the examinations before and after
+    tokens: int = 160  # of an answer, at most
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        if min(self.tuning, self.steps, self.seeds, self.asked) < 1:
-            raise UserError("--tuning, --steps, --seeds and --asked must be at least 1")
+        if min(self.tuning, self.steps, self.seeds, self.asked, self.tokens) < 1:
+            raise UserError("--tuning, --steps, --seeds, --asked and --tokens must be at least 1")
 
 
 def undecided(config: Think, seed: int) -> str:
@@ -96,7 +97,7 @@ def think(config: Think) -> None:
             found[kind].append(improved(
                 kind, f"think-{kind}-{config.steps}-{seed}", "--run", run, "--tasks", "add",
                 "--levels", *map(str, config.digits), "--steps", str(config.steps), "--lr", lr,
-                "--beta", "0.01", "--tokens", "160", "--asked", str(config.asked),
+                "--beta", "0.01", "--tokens", str(config.tokens), "--asked", str(config.asked),
                 "--seed", str(seed), "--device", config.device,
             ))  # fmt: skip
     rows = []
@@ -142,6 +143,7 @@ class Hack:
     count: int = 100  # questions whose answers it has seen compared
     betas: tuple[float, ...] = (0.0, 0.3)  # prices of a nat of KL
     steps: int = 60  # rounds
+    tokens: int = 160  # of an answer, at most
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or mps
 
@@ -165,7 +167,8 @@ def hack(config: Hack) -> None:
         beta: improved(
             "grpo", f"hack-{config.count}-{beta:g}-{config.steps}-{config.seed}", "--run", run,
             *asked, "--reward", weak, "--beta", str(beta), "--lr", "1e-3", "--explode", "1e6",
-            "--steps", str(config.steps), "--seed", str(config.seed), "--device", config.device,
+            "--tokens", str(config.tokens), "--steps", str(config.steps), "--seed",
+            str(config.seed), "--device", config.device,
         )
         for beta in config.betas
     }  # fmt: skip
@@ -210,6 +213,7 @@ class All:
     beta: float = 0.1  # their price of a nat of KL, without which they deceive the reward model
     seeds: int = 1  # times, from the tuning on
     asked: int = 100  # questions of each task in the examinations
+    tokens: int = 128  # of an answer, at most
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
@@ -238,8 +242,10 @@ def chained(config: All, seed: int) -> dict[str, Run]:
     if not (RUNS / reward / "examination.json").is_file():
         start("align.py", "reward", "--name", reward, "--run", tuned, "--count", count, *asked,
               "--seed", str(seed), *how)  # fmt: skip
-    words = ("--run", tuned, "--reward", reward, *asked, "--also", *config.also, "--asked",
-             str(config.asked), "--seed", str(seed), *how)  # fmt: skip
+    words = (
+        "--run", tuned, "--reward", reward, *asked, "--also", *config.also, "--asked",
+        str(config.asked), "--tokens", str(config.tokens), "--seed", str(seed), *how,
+    )  # fmt: skip
     end = f"{config.steps}-{seed}"
     online = ("--steps", str(config.steps), "--beta", str(config.beta))
     return {

@@ -581,7 +581,7 @@ class DpoImprovement(Improvement):
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def best_possible(it: Improvement, questions: int = 24, each: int = 24) -> list:
+def best_possible(it: Improvement, questions: int = 12, each: int = 16) -> list:
     """The gauge's frontier, by answers of what the policy was; those that did not end as scored."""
     c = it.config
     asked = [it.ask(10**6 + q) for q in range(questions) for _ in range(each)]

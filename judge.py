@@ -8,8 +8,8 @@ could do who does not know which of them was asked:
     pairs     how often the better answer is known, beside the ceiling: whoever knows all feelings
     ratings   the squared error, beside the noise: the variance of the same person's own ratings
 
-Run: python align.py prefer        simulated people on the answers of a run
-     python align.py label         you, at the terminal
+Run: python align.py prefer --out people.jsonl    simulated people on the answers of a run
+     python align.py label        you, at the terminal
      python align.py reward        a reward model
 
 Papers: Ziegler et al. 2019 (arXiv 1909.08593); Stiennon et al. 2020 (arXiv 2009.01325); Ouyang et
@@ -126,6 +126,7 @@ def asked_and_said(config: Answers) -> list[tuple[Problem, tuple[str, ...]]]:
 class Prefer(Answers):
     """Let simulated people compare the answers of a run, and rate them."""
 
+    out: str = "simulated.jsonl"  # a new file, to which what is said goes
     raters: tuple[str, ...] = ("strict", "kind", "hasty")  # of whom each answers in turn
 
     def __post_init__(self):
@@ -144,6 +145,8 @@ def people_of(names: Sequence[str]) -> list[Rater]:
 def prefer(config: Prefer) -> None:
     """An order of the answers to each question, and a rating of each by each criterion."""
     people = people_of(config.raters)
+    if Path(config.out).exists():
+        raise UserError(f"{config.out} is there already: give --out a new name")
     found: list[Ranking | Rating] = []
     for number, (problem, replies) in enumerate(asked_and_said(config)):
         rng = random.Random(generator(config.seed, "people", number).initial_seed())

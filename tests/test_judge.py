@@ -149,6 +149,8 @@ def test_simulated_people_say_what_they_think(folder, capsys):
     }  # fmt: skip
     assert any(isinstance(one, Ranking) for one in found)
     assert "orders" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already"):  # it may be somebody's work
+        judge.prefer(Prefer(out="said.jsonl", **ASK))
     with pytest.raises(UserError, match="no rater 'nobody'"):
         Prefer(raters=("nobody",))
 
