@@ -26,7 +26,6 @@ from run import RUNS, Run, UserError, picture, read_json, table, write_json
 from stages import lessons_file, start, trained
 
 SMALL = ("--model.dim", "96", "--model.layers", "3", "--model.context", "256")
-LESSONS = 20_000  # conversations
 COLORS = {"sft": "#777777", "ppo": "#1f4e8c", "grpo": "#b5892e", "dpo": "#2a7f62"}
 
 
@@ -63,6 +62,7 @@ class Think:
 
     digits: tuple[int, ...] = (4, 5, 6)  # of the numbers to add
     tuning: int = 700  # updates of the run that sometimes thinks
+    lessons: int = 20_000  # conversations that it is tuned on
     steps: int = 30  # rounds of PPO and of GRPO
     seeds: int = 1
     asked: int = 100  # sums in the examinations before and after
@@ -76,7 +76,9 @@ class Think:
 
 def undecided(config: Think, seed: int) -> str:
     """A run that has learnt sums, half of them at once and half with their steps, unasked."""
-    how = Lessons(("add",), config.digits, LESSONS, think=0.5, unasked=True, turns=1, seed=seed)
+    how = Lessons(
+        ("add",), config.digits, config.lessons, think=0.5, unasked=True, turns=1, seed=seed
+    )
     return trained(
         f"undecided-{config.tuning}-{seed}", "--objective", "chat", "--data.form", "chat",
         "--data.path", str(lessons_file(how)), *SMALL, "--tokenizer.vocab-size", "320", "--batch",
@@ -141,6 +143,9 @@ class Hack:
     """Let a weak reward model be deceived, with and without a price of KL."""
 
     count: int = 100  # questions whose answers it has seen compared
+    digits: tuple[int, ...] = (4, 5, 6)  # of the numbers to add
+    tuning: int = 700  # updates of the run that sometimes thinks
+    lessons: int = 20_000  # conversations that it is tuned on
     betas: tuple[float, ...] = (0.0, 0.3)  # prices of a nat of KL
     steps: int = 60  # rounds
     tokens: int = 160  # of an answer, at most
@@ -156,9 +161,9 @@ class Hack:
 
 def hack(config: Hack) -> None:
     """GRPO by a reward model that has seen little; reward and worth on one picture."""
-    digits = Think().digits
-    run = undecided(Think(device=config.device), config.seed)
-    asked = ("--tasks", "add", "--levels", *map(str, digits))
+    how = Think(config.digits, config.tuning, config.lessons, device=config.device)
+    run = undecided(how, config.seed)
+    asked = ("--tasks", "add", "--levels", *map(str, config.digits))
     weak = f"weak-{config.count}-{config.seed}"
     if not (RUNS / weak / "examination.json").is_file():
         start("align.py", "reward", "--name", weak, "--run", run, "--count", str(config.count),
@@ -206,8 +211,10 @@ class All:
     tasks: tuple[str, ...] = ("add",)  # what is asked, compared and improved
     also: tuple[str, ...] = ("look up", "absent")  # what lessons and examinations have beside it
     levels: tuple[int, ...] = (2, 3)  # of their difficulty
+    start: str = ""  # a base run to begin with; empty: one is made
     base: int = 300  # updates of the base
     tuning: int = 700  # of the tuning on instructions
+    lessons: int = 20_000  # conversations that it is tuned on
     compared: int = 3000  # questions whose answers are compared
     steps: int = 30  # rounds of PPO and GRPO; five updates of DPO for each
     beta: float = 0.1  # their price of a nat of KL, without which they deceive the reward model
@@ -226,13 +233,15 @@ def chained(config: All, seed: int) -> dict[str, Run]:
     """All links with one seed."""
     how, asked = ("--device", config.device), ("--tasks", *config.tasks, "--levels",
                                                 *map(str, config.levels))  # fmt: skip
-    base = trained(
+    base = config.start or trained(
         f"all-base-{config.base}", "--data.mix", "stories=world:@1", "facts=facts:@2",
         "quiz=quiz:4000@1", *SMALL, "--tokenizer.vocab-size", "1024", "--batch", "16", "--steps",
         str(config.base), *how,
     )  # fmt: skip
     names = (*config.tasks, *config.also, *config.tasks * 3)  # what is improved, four times
-    lessons = Lessons(names, config.levels, LESSONS, think=0.5, unasked=True, turns=1, seed=seed)
+    lessons = Lessons(
+        names, config.levels, config.lessons, think=0.5, unasked=True, turns=1, seed=seed
+    )
     tuned = trained(
         f"all-sft-{config.tuning}-{seed}", "--base", base, "--objective", "chat", "--data.form",
         "chat", "--data.path", str(lessons_file(lessons)), "--batch", "32", "--steps",

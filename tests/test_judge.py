@@ -288,16 +288,17 @@ def test_the_frontier_is_the_closed_form():
 
 
 def test_the_chain_at_a_tiny_size(folder, monkeypatch, capsys):
-    monkeypatch.setattr(chain, "LESSONS", 60)
     monkeypatch.setattr(improve, "best_possible", lambda it: [(0.0, 0.0), (1.0, 1.0)])
     monkeypatch.setattr(
         improve, "sample", lambda writer, prompts, tokens, *rest: sample(writer, prompts, 4, *rest)
     )
     monkeypatch.setattr(chain, "trained", lambda name, *words: "sft")
-    chain.think(chain.Think((1,), tuning=2, steps=2, seeds=2, asked=2, device="cpu"))
+    chain.think(chain.Think((1,), tuning=2, lessons=60, steps=2, seeds=2, asked=2, device="cpu"))
     assert "GRPO" in capsys.readouterr().out and (RUNS / "think.png").is_file()
     chain.everything(
-        chain.All(("copy",), ("absent",), (1,), compared=30, steps=1, asked=2, device="cpu")
+        chain.All(
+            ("copy",), ("absent",), (1,), lessons=60, compared=30, steps=1, asked=2, device="cpu"
+        )
     )
     out = capsys.readouterr().out
     assert all(name in out for name in ("SFT", "PPO", "GRPO", "DPO", "made up"))

@@ -108,10 +108,11 @@ TINY = {
     "align.py reward": "--run sft --batch 2 --epochs 1 --held 0.5",
     **{f"align.py {name}": IMPROVE for name in ("ppo", "grpo")},
     "align.py dpo": f"{IMPROVE} --preferences preferences.jsonl",
-    "align.py think": "--digits 1 --tuning 2 --steps 1 --asked 1 --tokens 3",
-    "align.py hack": "--count 20 --steps 2 --tokens 3",
+    "align.py think": "--digits 1 --tuning 2 --lessons 60 --steps 1 --asked 1 --tokens 3",
+    "align.py hack": "--count 30 --digits 1 --tuning 2 --lessons 60 --steps 2 --tokens 3",
     "align.py all": (
-        "--tasks copy --levels 1 --base 2 --tuning 2 --compared 20 --steps 1 --asked 1 --tokens 3"
+        "--start base --tasks copy --levels 1 --tuning 2 --lessons 60 --compared 30 --steps 1 "
+        "--asked 1 --tokens 3"
     ),
     "frontier.py": "--betas 3",
     "emergence.py": "shots --steps 2 --asked 10",
