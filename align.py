@@ -24,7 +24,7 @@ Run: python align.py sft                      some minutes; a base run is made i
      python align.py grpo --run sft --tasks add reverse --steps 40
      python align.py ppo --run sft --reward reward
      python align.py dpo --run sft --preferences preferences.jsonl
-     torchrun --nproc-per-node 2 align.py ppo --run sft
+     torchrun --nproc-per-node 2 -- align.py ppo --run sft      torchrun has a --run… itself
      python align.py all                      a quarter of an hour
 
 Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGPT (arXiv
