@@ -48,8 +48,8 @@ BASE = {"tasks": ("copy", "add"), "levels": (1,), "questions": 4, "each": 3, "to
         "batch": 64, "lr": 0.01, "steps": 3, "device": "cpu", "stop_kl": 0.0}  # fmt: skip
 CONFIGS = {
     "ppo": Ppo(**BASE, epochs=2, minibatches=2),
-    "ppo-own": Ppo(**BASE, critic="own", whiten_rewards=True, target_kl=1.0),
-    "grpo": Grpo(**BASE),
+    "ppo-own": Ppo(**BASE, critic="own", whiten_rewards=True, target_kl=1.0, temperature=1.3),
+    "grpo": Grpo(**BASE, temperature=0.7),
     "grpo-loss": Grpo(**BASE, kl="loss", scaled=False, epochs=2, beta=0.3),
 }
 DPO = Dpo(**{k: v for k, v in BASE.items() if k != "stop_kl"}, pairs=5, evaluate_every=2)
@@ -126,10 +126,10 @@ def by_hand(it, drawn, scores, numbers):
             if isinstance(c, Ppo):
                 body = it.parts.get("critic", it.model)
                 values = it.parts["value"](states(body, one))
-                rewards = token_rewards(score, log_p, ref, mask, c.beta)
+                rewards = token_rewards(score, log_p, ref, mask, it.beta)
                 found.append((rewards, values))
             else:
-                found.append(score - (c.beta * (log_p - ref).sum() if c.kl == "reward" else 0))
+                found.append(score - (it.beta * (log_p - ref).sum() if c.kl == "reward" else 0))
     return found
 
 
@@ -137,9 +137,13 @@ def by_hand(it, drawn, scores, numbers):
 def test_advantages_are_those_of_each_response_alone(kind):
     it = made(kind)
     if "value" in it.parts:
+        assert not it.parts["value"].dense.weight.any()  # nothing is expected at first
         torch.nn.init.normal_(it.parts["value"].dense.weight)
+    before = [one.turns for one in it.draw()[0]]
+    it.advance()  # the policy is no longer what it was
     asked, drawn, numbers = it.draw()
     scores = length(asked, drawn)
+    assert [one.turns for one in asked] != before
     found = it.round(drawn, scores)
     each = by_hand(it, drawn, scores, numbers)
     sizes = drawn.texts.response.tolist()
