@@ -49,12 +49,11 @@ from chat import END, keep_template, knows_roles
 from examine import Examine, Result, examined, writer_of
 from improve import Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop
 from instruct import Lessons
-from judge import AT_ONCE, problems
+from judge import problems
 from mesh import Group, join
 from parallel_training import lead, one_voice, shared
 from questions import ByModel, prompt_ids, question
 from reward import load as load_reward
-from rollout import sample
 from run import (
     Run,
     UserError,
@@ -175,13 +174,17 @@ def better(config: Improve) -> None:
             )
             config = replace(kept, name=config.name, resume=True)
             tuned = config.run
+        config = replace(config, run=tuned)
         writer = writer_of(tuned, "", config.device)
-        it = improvement(replace(config, run=tuned), writer, group)
+        if isinstance(config, Dpo) and not config.preferences:
+            path = lead(world, lambda: judge.simulated(config))
+            config = replace(config, preferences=path)
+        it = improvement(config, writer, group)
         if config.resume:
             it.load(run)
             run.forget_after(it.step)
         else:
-            config = replace(config, run=tuned, name=config.name or lead(world, lambda: free(kind)))
+            config = replace(config, name=config.name or lead(world, lambda: free(kind)))
             run = shared(world, lambda: new_run(config, writer))
             it.save(run)
         before = standing(writer, config) if world.index == 0 else {}
@@ -207,18 +210,17 @@ def improvement(config: Improve, writer: Writer, world: Group | None) -> Improve
 
 def pairs(config: Dpo, writer: Writer) -> list[Pair]:
     """Of each order all pairs, but for equal ones."""
-    path = config.preferences or judge.simulated(
-        config.run, config.count, config.seed, config.device, config.tasks, config.levels
-    )
     end, tokenizer = [writer.tokenizer.special[END]], writer.tokenizer
     found = []
-    for one in preferences.usable(Path(path), config.strict):
+    for one in preferences.usable(Path(config.preferences), config.strict):
         if isinstance(one, preferences.Ranking):
             prompt = prompt_ids(writer, one.prompt)
             ids = [tokenizer.encode(text) + end for text in one.responses]
             found += [Pair(prompt, ids[i], ids[j]) for i, j, often in one.pairs() if often == 1]
     if not found:
-        raise UserError(f"{path} holds no order of answers, and DPO learns from nothing else")
+        raise UserError(
+            f"{config.preferences} holds no order of answers, and DPO learns from nothing else"
+        )
     return found
 
 
@@ -237,11 +239,9 @@ def drawn_answers(
 ) -> list[tuple[tasks.Problem, str]]:
     """One to each question of the tasks, as the policy draws them."""
     asked = problems(names, config.levels, config.asked * len(names), "test", config.seed)
-    prompts, said = [prompt_ids(writer, question(p).turns) for p in asked], []
-    for first in range(0, len(asked), AT_ONCE):
-        some = prompts[first : first + AT_ONCE]
-        said += sample(writer, some, config.tokens, config.temperature, config.seed + 1).replies
-    return list(zip(asked, said, strict=True))
+    said = judge.answered(writer, [question(p) for p in asked], 1, config.temperature,
+                          config.tokens, config.seed + 1)  # fmt: skip
+    return [(p, "".join(one)) for p, one in zip(asked, said, strict=True)]
 
 
 def standing(writer: Writer, config: Improve) -> dict[str, float]:

@@ -27,7 +27,7 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
@@ -253,14 +253,20 @@ class Improvement:
                                                              self.world.size)  # fmt: skip
 
     @torch.no_grad()
-    def likely(self, model: Transformer, texts: Texts) -> Tensor:
-        """log π of each token (B R), as many responses at once as settings say."""
+    def in_parts(self, of: Callable[[Texts], Tensor], texts: Texts) -> Tensor:
+        """What a function says of each token (B R), as many responses at once as settings say."""
         width, found = texts.mask.shape[1], []
         for some in torch.arange(len(texts.ids), device=texts.ids.device).split(self.config.batch):
-            part = texts.rows(some)
-            log_p = likely(model, states(model, part), part, self.temperature, self.never)
-            found.append(torch.nn.functional.pad(log_p, (0, width - log_p.shape[1])))
+            x = of(texts.rows(some))
+            found.append(torch.nn.functional.pad(x, (0, width - x.shape[1])))
         return torch.cat(found)
+
+    def likely(self, model: Transformer, texts: Texts) -> Tensor:
+        """log π of each token (B R)."""
+        return self.in_parts(
+            lambda part: likely(model, states(model, part), part, self.temperature, self.never),
+            texts,
+        )
 
     def move(self) -> float:
         """One update by the gradients, which are summed over all processes; their norm."""
@@ -321,10 +327,14 @@ class Improvement:
                 f"from {self.config.beta:g}, or lower --lr from {self.config.lr:g}"
             )
 
+    def totals(self, sums: dict[str, float]) -> dict[str, float]:
+        """Of sums over this process's responses those over all."""
+        x = self.total(torch.tensor([*sums.values()], dtype=torch.float64))
+        return dict(zip(sums, x.tolist(), strict=True))
+
     def averages(self, sums: dict[str, float], count: int) -> dict[str, float]:
-        """Of sums over this process's responses the means over all."""
-        x = self.total(torch.tensor([*sums.values(), count], dtype=torch.float64))
-        return dict(zip(sums, (x[:-1] / x[-1]).tolist(), strict=True))
+        *found, (_, count) = self.totals({**sums, "count": count}).items()
+        return {name: x / count for name, x in found}
 
     # --- checkpoints
 
@@ -379,6 +389,11 @@ class OnlineImprovement(Improvement):
 
     config: Online
 
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """What is measured in updates; a process without rows has nothing of it."""
+        return ("clipped", "moved", *(["value_loss"] if isinstance(self.config, Ppo) else []))
+
     def beside(self) -> dict[str, torch.nn.Module]:
         """PPO's value head, which begins at 0, and the model below it if it has its own."""
         c = self.config
@@ -394,20 +409,11 @@ class OnlineImprovement(Improvement):
         alike = known is not None and known.config == self.model.config
         return copy.deepcopy(known if alike else self.model)
 
-    def values(self, texts: Texts, h: Tensor) -> Tensor:
-        """What is expected before each token (B R): by the policy's states, or the critic's own."""
-        critic = self.parts.get("critic")
-        return self.parts["value"](h if critic is None else states(critic, texts))
-
-    @torch.no_grad()
-    def all_values(self, texts: Texts) -> Tensor:
-        width, found = texts.mask.shape[1], []
-        body = self.parts.get("critic", self.model)
-        for some in torch.arange(len(texts.ids), device=texts.ids.device).split(self.config.batch):
-            part = texts.rows(some)
-            v = self.parts["value"](states(body, part))
-            found.append(torch.nn.functional.pad(v, (0, width - v.shape[1])))
-        return torch.cat(found)
+    def values(self, texts: Texts, h: Tensor | None = None) -> Tensor:
+        """What is expected before each token (B R); h are the policy's states, if known."""
+        critic = self.parts.get("critic", self.model)
+        known = h is not None and critic is self.model
+        return self.parts["value"](h if known else states(critic, texts))
 
     def round(self, drawn: Drawn, scores: Tensor) -> Round:
         """The advantages of a round's responses."""
@@ -416,7 +422,7 @@ class OnlineImprovement(Improvement):
         reference = self.likely(self.reference, texts)
         scores = unended(scores, drawn.ended, c.penalty)
         if isinstance(c, Ppo):
-            values = self.all_values(texts)
+            values = self.in_parts(self.values, texts)
             rewards = token_rewards(scores, log_p, reference, mask, self.beta)
             if c.whiten_rewards:
                 rewards = whiten(rewards, mask, shift=False, total=self.total)
@@ -460,7 +466,7 @@ class OnlineImprovement(Improvement):
                 loss, more = self.loss(experience.rows(some), tokens.to(experience.old))
                 loss.backward()
                 seen.update(more)
-            seen = self.summed(seen)
+            seen = self.totals({name: seen[name] for name in self.watched})
             if c.stop_kl and seen["moved"] > c.stop_kl * tokens.item():
                 self.optimizer.zero_grad()
                 break
@@ -479,11 +485,6 @@ class OnlineImprovement(Improvement):
             for part in order.chunk(c.minibatches):
                 own = [place[n] for n in part.tolist() if n in place]
                 yield torch.tensor(own, dtype=torch.long)
-
-    def summed(self, seen: Counter) -> Counter:
-        names = ("clipped", "moved", *(["value_loss"] if isinstance(self.config, Ppo) else []))
-        x = self.total(torch.tensor([seen[n] for n in names], dtype=torch.float64)).tolist()
-        return Counter(dict(zip(names, x, strict=True)))
 
     def advance(self) -> dict[str, float]:
         asked, drawn, numbers = self.draw()

@@ -33,6 +33,7 @@ import preferences
 import tasks
 from chat import END, Turn, Turns, knows_roles
 from examine import writer_of
+from improve import Dpo
 from optim import OptimConfig
 from preferences import Ranking, Rating, label, ranked, rated, usable
 from questions import Asked, prompt_ids, question
@@ -160,16 +161,14 @@ def prefer(config: Prefer) -> None:
     print(f"{orders:,} orders and {len(found) - orders:,} ratings: {config.out}")
 
 
-def simulated(
-    run: str, count: int, seed: int, device: str, names: Sequence[str], levels: Sequence[int]
-) -> str:
+def simulated(how: "Reward | Dpo") -> str:
     """The file of what simulated people say of a run's answers; made if need be."""
-    mark = hashlib.blake2b(f"{names} {levels}".encode(), digest_size=4).hexdigest()
-    path = Run.open(run).folder / f"preferences-{count}-{seed}-{mark}.jsonl"
+    mark = hashlib.blake2b(f"{how.tasks} {how.levels}".encode(), digest_size=4).hexdigest()
+    path = Run.open(how.run).folder / f"preferences-{how.count}-{how.seed}-{mark}.jsonl"
     if not path.is_file():
-        start("align.py", "prefer", "--run", run, "--out", str(path), "--count", str(count),
-              "--seed", str(seed), "--device", device, "--tasks", *names, "--levels",
-              *map(str, levels))  # fmt: skip
+        start("align.py", "prefer", "--run", how.run, "--out", str(path), "--count",
+              str(how.count), "--seed", str(how.seed), "--device", how.device, "--tasks",
+              *how.tasks, "--levels", *map(str, how.levels))  # fmt: skip
     return str(path)
 
 
@@ -279,9 +278,7 @@ def reward(config: Reward) -> None:
     config = replace(config, name=config.name or free("reward"))
     check_free(config.name)
     tuned = tuned_run(config.run)
-    path = config.preferences or simulated(
-        tuned, config.count, config.seed, config.device, config.tasks, config.levels
-    )
+    path = config.preferences or simulated(replace(config, run=tuned))
     writer = writer_of(tuned, "", config.device)
     found = usable(Path(path), config.strict, config.lowest, config.highest)
     parts = material(config, writer, found)

@@ -10,7 +10,7 @@ of his own.
     order_loss     −log of the chance of the whole order, best first    (Plackett 1975, Luce 1959)
     rating_loss    ½ (score + the rater's zero − rating)²
     Scale          scores of mean 0 and variance 1 on responses of the policy that will be tuned
-    fitted         the training: once through what people said, with a rate that falls to 0
+    fitted         the training: a few times through what people said, with a rate that falls to 0
     accuracy, calibration    how often the better one is known, and how well the model knows that
 
 Run: python align.py reward

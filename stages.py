@@ -8,6 +8,7 @@ Run: python align.py
 Papers: Ouyang et al. 2022, InstructGPT (arXiv 2203.02155), figure 2.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -34,10 +35,13 @@ BASE = ("--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:4000@1",
 
 
 def start(*words: str) -> None:
-    """Run one of our scripts as a user would; its failure is ours."""
-    folder = Path(__file__).parent
+    """Run one of our scripts as a user would; its failure is ours.
+
+    torchrun's RANK is not for it, or it would wait for others.
+    """
+    folder, env = Path(__file__).parent, {k: v for k, v in os.environ.items() if k != "RANK"}
     print(f"\n$ python {shlex.join(words)}\n", flush=True)
-    code = subprocess.run([sys.executable, str(folder / words[0]), *words[1:]]).returncode
+    code = subprocess.run([sys.executable, str(folder / words[0]), *words[1:]], env=env).returncode
     if code:
         sys.exit(code)
 
