@@ -6,7 +6,8 @@ what a reward model is fitted to. Since the simulated people are known, so is th
 could do who does not know which of them was asked:
 
     pairs     how often the better answer is known, beside the ceiling: whoever knows all feelings
-    ratings   the squared error, beside the noise: the variance of the same person's own ratings
+    ratings   the squared error that is to be expected, beside the noise: the variance of the same
+              person's own ratings
 
 Run: python align.py prefer --out people.jsonl    simulated people on the answers of a run
      python align.py label        you, at the terminal
@@ -203,7 +204,7 @@ class Reward:
     highest: float = 10.0
     strict: bool = False  # end at the first record that cannot be used, instead of leaving it out
     arch: Literal["decoder", "encoder"] = "decoder"  # encoder: each token sees the whole answer
-    epochs: int = 3  # times through all that was said
+    epochs: int = 2  # times through all that was said
     batch: int = 16  # questions in an update; of ratings as many answers
     lr: float = 2e-3  # highest learning rate; it falls to 0
     normalize: bool = True  # scores of mean 0 and variance 1 on the answers, before and after
@@ -342,28 +343,32 @@ def felt_better(problem: Problem, one: str, other: str) -> float:
 
 
 def of_ratings(mine: RewardModel, parts: Material, zeros: Tensor, known: dict) -> dict[str, float]:
-    """The squared error on held-out ratings, beside the variance of the raters' own noise."""
+    """The squared error on held-out ratings; of known people also the one to expect, and noise.
+
+    What is to be expected of a person who rates again and again does not hang on how the dice fell
+    that one time: E (score − rating)² = (score − mean)² + variance.
+    """
     device = mine.model.embedding.device
-    scores = mine.scores(texts_of(parts.held, device))
     raters = torch.tensor([one.rater for one in parts.held], device=device)
-    values = torch.tensor([one.said[0] for one in parts.held], device=device)
-    found = {"ratings": len(values),
-             "error": ((scores + zeros[raters] - values) ** 2).mean().item()}  # fmt: skip
+    scores = (mine.scores(texts_of(parts.held, device)) + zeros[raters]).tolist()
+    errors = [(s - one.said[0]) ** 2 for s, one in zip(scores, parts.held, strict=True)]
+    found = {"ratings": len(errors), "error": mean(errors)}
     people = {rater.name: rater for rater in RATERS}
-    noise = [
-        own_noise(people[one.rater], known[one.prompt[-1].text], one)
-        for one in parts.spoken
+    spread = [
+        (s, *again(people[one.rater], known[one.prompt[-1].text], one))
+        for s, one in zip(scores, parts.spoken, strict=True)
         if one.rater in people and one.prompt[-1].text in known
     ]
-    if noise:
-        found["noise"] = sum(noise) / len(noise)
-    print(table(("held-out ratings", f"{len(values):,}"), *((name, f"{x:.3f}") for name, x in
+    if spread:
+        found["to be expected"] = mean((s - middle) ** 2 + noise for s, middle, noise in spread)
+        found["noise"] = mean(noise for _, _, noise in spread)
+    print(table(("held-out ratings", f"{len(errors):,}"), *((name, f"{x:.3f}") for name, x in
                 found.items() if name != "ratings")))  # fmt: skip
     return found
 
 
-def own_noise(rater: Rater, problem: Problem, one: Rating) -> float:
-    """The variance of a rating that the same person would give again."""
+def again(rater: Rater, problem: Problem, one: Rating) -> tuple[float, float]:
+    """Mean and variance of the ratings that the same person would give again and again."""
     chances = rater.chances(rater.felt(problem, one.response, one.criterion))
     middle = sum(k * p for k, p in enumerate(chances))
-    return sum((k - middle) ** 2 * p for k, p in enumerate(chances))
+    return middle, sum((k - middle) ** 2 * p for k, p in enumerate(chances))

@@ -7,6 +7,8 @@ there in three seconds on two cores, where eight that import for themselves take
 Run: python -m pytest tests/test_parallel.py
 """
 
+import multiprocessing as mp
+import pickle
 import signal
 import tempfile
 import traceback
@@ -15,24 +17,31 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 PRELOADED = ["torch._dynamo", "parallel"]  # an optimizer imports the first at its first step
+
+
+def send(pipe: Connection, value: object) -> None:
+    """Tensors by value: in shared memory each would want a file or a server, which may be late."""
+    pipe.send_bytes(pickle.dumps(value))
+
+
+def received(pipe: Connection) -> object:
+    return pickle.loads(pipe.recv_bytes())
 
 
 def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     """Answer calls until None comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     torch.set_num_threads(1)
-    mp.set_sharing_strategy("file_system")  # hundreds of tensors would want as many open files
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
-    while (job := pipe.recv()) is not None:
+    while (job := received(pipe)) is not None:
         function, arguments = job
         try:
             answer = True, function(*arguments)
         except Exception:
             answer = False, traceback.format_exc()
-        pipe.send(answer)
+        send(pipe, answer)
     dist.destroy_process_group()
 
 
@@ -53,7 +62,7 @@ class Ranks:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def run(self, function: Callable, *arguments: object, timeout: float = 60) -> list:
+    def run(self, function: Callable, *arguments: object, timeout: float = 180) -> list:
         """What each rank returns; RuntimeError with its traceback if one fails."""
         if not self.pipes:
             self.start()
@@ -65,7 +74,7 @@ class Ranks:
 
     def answers(self, function: Callable, arguments: tuple, timeout: float) -> list:
         for pipe in self.pipes:
-            pipe.send((function, arguments))
+            send(pipe, (function, arguments))
         found: dict[int, object] = {}
         while len(found) < len(self.pipes):  # whoever fails leaves others waiting for it
             ready = wait([p for r, p in enumerate(self.pipes) if r not in found], timeout)
@@ -74,7 +83,7 @@ class Ranks:
                 raise RuntimeError(f"no answer from ranks {late} in {timeout} seconds")
             for pipe in ready:
                 rank = self.pipes.index(pipe)
-                good, found[rank] = pipe.recv()
+                good, found[rank] = received(pipe)
                 if not good:
                     raise RuntimeError(f"rank {rank}:\n{found[rank]}")
         return [found[rank] for rank in range(self.size)]

@@ -3,7 +3,7 @@
 Idea: alignment is a chain, and each of its links is a run with a name. A stage that needs a run
 which is not there yet makes it, and shows how; one that was stopped goes on.
 
-Run: python align.py
+Run: python align.py sft --base base
 
 Papers: Ouyang et al. 2022, InstructGPT (arXiv 2203.02155), figure 2.
 """

@@ -8,6 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+# Processes of `pytest -n` share the cores, of which torch would take all in each.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1),
+)
+
 import torch
 
 if not torch.cuda.is_available():  # before triton is imported, here or in a subprocess

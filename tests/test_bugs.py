@@ -1,7 +1,7 @@
 """Every planted bug of tests/bugs*.py is caught by the tests of its file.
 
-Run: pytest tests/test_bugs.py -m slow          all of them, an hour or so
-     pytest tests/test_bugs.py -m slow -k flash those of one file
+Run: pytest tests/test_bugs.py -m slow -n auto --dist load    all of them, an hour or so
+     pytest tests/test_bugs.py -m slow -k flash               those of one file
 """
 
 import ast
@@ -66,7 +66,7 @@ def test_a_bug_is_caught(name, old, new, tmp_path):
     path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     files = [tmp_path / "tests" / file for file in BUGS[name][0]]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files],
         cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip

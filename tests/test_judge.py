@@ -28,7 +28,7 @@ from chat import Turn
 from examine import writer_of
 from improve import Dpo, Grpo, Ppo
 from instruct import Lessons, lessons, write
-from judge import Label, Prefer, Reward, felt_better, own_noise
+from judge import Label, Prefer, Reward, again, felt_better
 from preferences import Ranking, Rating, fault, usable
 from rollout import sample
 from run import RUNS, Run, UserError, write_json
@@ -121,13 +121,15 @@ def test_the_ceiling_knows_how_often_each_is_preferred():
 
 
 @pytest.mark.parametrize("rater", RATERS, ids=lambda r: r.name)
-def test_the_noise_is_the_variance_of_one_person(rater):
+def test_what_one_person_says_again_and_again_has_this_mean_and_variance(rater):
     asked, rng = problem("add", 2, "train", 0), random.Random(0)
     one = Rating([], asked.answer, rater.name, "helpful", 0)
     values = [rater.rate(asked, asked.answer, "helpful", rng) for _ in range(20_000)]
-    assert own_noise(rater, asked, one) == pytest.approx(variance(values), rel=0.05)
+    middle, noise = again(rater, asked, one)
+    assert middle == pytest.approx(sum(values) / len(values), abs=0.03)
+    assert noise == pytest.approx(variance(values), rel=0.05)
     sure = Rater("sure", 1e-9)
-    assert own_noise(sure, asked, one) == pytest.approx(0, abs=1e-9)
+    assert again(sure, asked, one) == pytest.approx((WORTHLESS + 4, 0), abs=1e-9)
     assert sure.rate(asked, asked.answer, "helpful", rng) == WORTHLESS + 4
 
 

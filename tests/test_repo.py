@@ -279,7 +279,8 @@ def test_every_script_shows_how_it_is_run():
 def test_ci_runs_the_readme_s_test_command():
     command = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in command
-    assert len(re.findall(r"^pip install -r requirements-dev\.txt && pytest$", README, re.M)) == 1
+    named = re.findall(r"^pip install -r requirements-dev\.txt && pytest -n auto$", README, re.M)
+    assert len(named) == 1
 
 
 # --- facts ----------------------------------------------------------------------------------------
