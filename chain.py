@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import tasks
 from evaluate import interval
 from gauge import smooth
@@ -296,7 +298,7 @@ MEANS = ("right", "drawn", "worth", "worth_error", "made_up")  # of all tasks
 
 
 def draw_all(each: dict[str, list[dict]], found: list[dict[str, Run]], path: Path) -> None:
-    """Left: right answers by task; right: worth by distance from the tuned run."""
+    """Left: right answers by task; right: worth by distance, of each seed and on average."""
     names = [n for n in each["sft"][0] if n not in MEANS]
     with picture(path, 2, (14, 4.8)) as (bars, ways):
         for i, (kind, some) in enumerate(each.items()):
@@ -307,12 +309,18 @@ def draw_all(each: dict[str, list[dict]], found: list[dict[str, Run]], path: Pat
                  ylim=(0, 105), xticks=range(len(names)))  # fmt: skip
         bars.set_xticklabels(names, rotation=20)
         bars.legend(frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-        for runs in found:
-            for kind, run in runs.items():
-                rows = [row for row in run.metrics() if "kl" in row]
-                ways.plot(smooth([r["kl"] for r in rows]), smooth([r["worth"] for r in rows]), "o-",
-                          markersize=3, color=COLORS[kind], label=kind.upper())  # fmt: skip
+        for kind in found[0]:
+            each_way = [way(runs[kind]) for runs in found]
+            for one in each_way:
+                ways.plot(*one, color=COLORS[kind], linewidth=0.8, alpha=0.3)
+            middle = torch.tensor(each_way).mean(0).tolist()
+            ways.plot(*middle, "o-", markersize=3, color=COLORS[kind], label=kind.upper())
         ways.set(title="What answers are worth, by distance from the tuned run",
                  xlabel="KL, nats", ylabel="worth, 0 to 4")  # fmt: skip
-        handles = dict(zip(*reversed(ways.get_legend_handles_labels()), strict=True))
-        ways.legend(handles.values(), handles.keys(), frameon=False, loc="lower right")
+        ways.legend(frameon=False, loc="lower right")
+
+
+def way(run: Run) -> tuple[list[float], list[float]]:
+    """How far a run has gone at each look, and what its answers were worth."""
+    rows = [row for row in run.metrics() if "kl" in row]
+    return smooth([row["kl"] for row in rows]), smooth([row["worth"] for row in rows])

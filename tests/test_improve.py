@@ -159,13 +159,13 @@ def test_advantages_are_those_of_each_response_alone(kind):
         flat = torch.cat([a[0] for a, _ in ones])
         flat = (flat - flat.mean()) / (flat.var(unbiased=False) + 1e-8).sqrt()
         for i, (n, a) in enumerate(zip(sizes, flat.split(sizes), strict=True)):
-            assert torch.allclose(found.advantages[i, :n], a, atol=1e-9)
-            assert torch.allclose(found.returns[i, :n], ones[i][1][0], atol=1e-9)
+            assert torch.allclose(found.advantages[i, :n], a, rtol=0, atol=1e-12)
+            assert torch.allclose(found.returns[i, :n], ones[i][1][0], rtol=0, atol=1e-12)
             assert not found.advantages[i, n:].any()
     else:
         groups = group_advantages(torch.cat(each).view(-1, it.config.each), it.config.scaled)
         for i, (n, a) in enumerate(zip(sizes, groups.flatten(), strict=True)):
-            assert torch.allclose(found.advantages[i, :n], a.expand(n), atol=1e-9)
+            assert torch.allclose(found.advantages[i, :n], a.expand(n), rtol=0, atol=1e-12)
             assert not found.advantages[i, n:].any()
 
 
@@ -204,10 +204,10 @@ def test_micro_batches_change_nothing(kind, batch):
     config = DPO if kind == "dpo" else CONFIGS[kind]
     whole, rows = after(kind)
     cut, again = after(kind, replace(config, batch=batch))
-    assert far(whole, cut) < 1e-10
+    assert far(whole, cut) < 1e-12
     for one, other in zip(rows, again, strict=True):
         assert one.keys() == other.keys()
-        assert all(abs(one[n] - other[n]) < 1e-9 for n in one)
+        assert all(abs(one[n] - other[n]) <= 1e-12 * max(1, abs(one[n])) for n in one)
 
 
 def on_rank(kind, size):
@@ -223,9 +223,9 @@ def test_processes_change_nothing(ranks, kind, size):
     found = [x for x in ranks.run(on_rank, kind, size) if x]
     assert len(found) == size
     for theirs, again in found:
-        assert far(whole, theirs) < 1e-10
+        assert far(whole, theirs) < 1e-12
         for one, other in zip(rows, again, strict=True):
-            assert all(abs(one[n] - other[n]) < 1e-9 for n in one)
+            assert all(abs(one[n] - other[n]) <= 1e-12 * max(1, abs(one[n])) for n in one)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,7 +63,7 @@ def test_rewards_pay_for_the_score_and_for_staying(seed, B, T, beta):
             right += scores[b] if t == n - 1 else 0.0
             assert abs(found[b, t] - right) < 1e-12
     kl = of_sequence(log_p - ref, mask)
-    assert torch.allclose(found.sum(-1), scores - beta * kl, atol=1e-12)
+    assert torch.allclose(found.sum(-1), scores - beta * kl, rtol=0, atol=1e-12)
 
 
 @given(seeds, sizes, st.integers(1, 9), st.floats(0, 1), st.floats(0, 1))
@@ -86,7 +86,7 @@ def test_with_lambda_one_returns_are_what_came(seed, B, T):
     (rewards, values), mask = drawn(seed, B, T, 2)
     rewards = rewards * mask
     _, returns = gae(rewards, values, mask, 1.0, 1.0)
-    assert torch.allclose(returns, rewards.flip(1).cumsum(1).flip(1) * mask, atol=1e-12)
+    assert torch.allclose(returns, rewards.flip(1).cumsum(1).flip(1) * mask, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60)
@@ -99,7 +99,7 @@ def test_whitened_over_all_processes(seed, B, T, shift, processes):
     if len(kept) > 1:
         right = (kept - kept.mean()) / (kept.var(unbiased=False) + 1e-8).sqrt()
         right = right if shift else right + kept.mean()
-        assert torch.allclose(whole[mask != 0], right, atol=1e-12)
+        assert torch.allclose(whole[mask != 0], right, rtol=0, atol=1e-12)
     assert not whole[mask == 0].any()
     parts = [range(i, B, processes) for i in range(processes)]
     sums = [mask.sum(), (x * mask).sum()]
@@ -109,7 +109,7 @@ def test_whitened_over_all_processes(seed, B, T, shift, processes):
         left = iter(totals)
         if len(part):
             found = whiten(x[part], mask[part], shift, lambda own, left=left: next(left))
-            assert torch.allclose(found, whole[part], atol=1e-12)
+            assert torch.allclose(found, whole[part], rtol=0, atol=1e-12)
 
 
 @given(seeds, sizes, sizes, st.floats(0.05, 0.5))
@@ -184,7 +184,7 @@ def test_at_the_start_nothing_is_known(seed, B, T):
     loss = dpo_loss(whole, whole.flip(0), whole, whole.flip(0))
     assert (loss - math.log(2)).abs().max() < 1e-15
     rewards = token_rewards(whole, log_p, log_p, mask, 0.5)
-    assert torch.allclose(rewards.sum(-1), whole, atol=1e-15)
+    assert torch.allclose(rewards.sum(-1), whole, rtol=0, atol=1e-15)
 
 
 @settings(max_examples=60)
@@ -205,7 +205,7 @@ def test_nothing_depends_on_batches_or_on_the_width(seed, B, T, parts, pads):
             mean(loss, there[i::cuts], there.sum()).backward()
         return p.grad[:, :T]
 
-    assert torch.allclose(gradient(parts, pads), gradient(1, 0), atol=1e-12)
+    assert torch.allclose(gradient(parts, pads), gradient(1, 0), rtol=0, atol=1e-12)
 
 
 # --- the formulas of a trusted library ------------------------------------------------------------
@@ -235,10 +235,10 @@ def test_they_are_trl_s(seed, B, T, clip, beta):
     whitened = (adv - masked(adv, mask)) * torch.rsqrt(
         masked((adv - masked(adv, mask)) ** 2, mask) + 1e-8
     )
-    assert torch.allclose(whiten(adv, mask), whitened * mask, atol=1e-12)
+    assert torch.allclose(whiten(adv, mask), whitened * mask, rtol=0, atol=1e-12)
     rewards, kl = (-beta * (log_p - ref)) * mask, old[:, 0]
     rewards[torch.arange(B), mask.sum(1).long() - 1] += kl
-    assert torch.allclose(token_rewards(kl, log_p, ref, mask, beta), rewards, atol=1e-12)
+    assert torch.allclose(token_rewards(kl, log_p, ref, mask, beta), rewards, rtol=0, atol=1e-12)
 
 
 @given(seeds, sizes, st.floats(0.01, 2), st.floats(0, 0.5))
@@ -250,7 +250,7 @@ def test_dpo_is_trl_s(seed, B, beta, smoothing):
         - torch.nn.functional.logsigmoid(-beta * logits) * smoothing
     )
     mine = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing)
-    assert torch.allclose(mine, theirs, atol=1e-12)
+    assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
 
 
 @given(seeds, st.integers(1, 4), st.integers(2, 6))
@@ -259,7 +259,7 @@ def test_group_advantages_are_trl_s(seed, B, G):
     middle = rewards.view(-1, G).mean(1).repeat_interleave(G)
     spread = rewards.view(-1, G).std(1).repeat_interleave(G)
     theirs = (rewards - middle) / (spread + 1e-4)
-    assert torch.allclose(group_advantages(rewards.view(-1, G)).flatten(), theirs, atol=1e-12)
+    assert torch.allclose(group_advantages(rewards.view(-1, G)).flatten(), theirs, rtol=0, atol=1e-12)
 
 
 @given(seeds, sizes, sizes)

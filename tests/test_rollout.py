@@ -44,7 +44,7 @@ def whole(mine, texts, temperature=1.0):
 def test_the_sampler_and_the_whole_text_are_equally_sure(kind, seed, asked, temperature, tokens):
     mine = writer(kind, seed)
     drawn = sample(mine, asked, tokens, temperature, seed)
-    assert torch.allclose(drawn.log_p, whole(mine, drawn.texts, temperature), atol=1e-10)
+    assert torch.allclose(drawn.log_p, whole(mine, drawn.texts, temperature), rtol=0, atol=1e-12)
     there = drawn.texts.mask != 0
     assert not (drawn.texts.tokens[there] == NONE).any()
     assert (drawn.log_p[there] < 0).all() and not drawn.log_p[~there].any()
@@ -96,15 +96,15 @@ def test_pads_change_nothing(kind, seed, asked, before, behind):
     )  # fmt: skip
     right = whole(mine, plain)
     assert torch.equal(plain.tokens[plain.mask != 0], padded.tokens[padded.mask != 0])
-    assert torch.allclose(whole(mine, padded), right, atol=1e-10)
+    assert torch.allclose(whole(mine, padded), right, rtol=0, atol=1e-12)
     for i, (prompt, response) in enumerate(zip(asked, said, strict=True)):
         text = torch.tensor([prompt + response])
         logits = mine.model.logits(mine.model(text)).index_fill(-1, torch.tensor([NONE]), -9e99)
         by_hand = logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
         by_hand = by_hand.gather(1, torch.tensor(response)[:, None])[:, 0]
-        assert torch.allclose(right[i, : len(response)], by_hand, atol=1e-10)
+        assert torch.allclose(right[i, : len(response)], by_hand, rtol=0, atol=1e-12)
         alone = padded.rows(torch.tensor([i]))
-        assert torch.allclose(whole(mine, alone)[0], by_hand, atol=1e-10)
+        assert torch.allclose(whole(mine, alone)[0], by_hand, rtol=0, atol=1e-12)
         assert alone.ids.shape[1] == int(padded.before[i]) + len(prompt) + len(response)
 
 
