@@ -23,7 +23,7 @@ PRELOADED = ["torch._dynamo", "parallel"]  # an optimizer imports the first at i
 
 
 def by_value(x: Tensor) -> tuple[Callable, tuple]:
-    """How a pipe sends a tensor: in shared memory it would want a file, or a server that is late."""
+    """How a pipe sends a tensor: shared memory would want a file each, or a server in time."""
     raw = x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return rebuilt, (raw, x.dtype, x.shape)
 
