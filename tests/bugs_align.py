@@ -21,7 +21,7 @@ BUGS = {
         ],
     ),
     "reward": (
-        ("test_reward.py",),
+        ("test_reward.py", "test_judge.py"),
         [
             ("d = better - worse\n    return -often", "d = worse - better\n    return -often"),
             ("F.logsigmoid(d) - (1 - often)", "d.sigmoid().log() - (1 - often)"),

@@ -195,6 +195,47 @@ def test_the_loss_has_the_gradient_of_finite_differences(kind):
         assert (p.grad * way).sum().item() == pytest.approx((up - down) / (2 * eps), abs=2e-7)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_loss_is_its_formula(kind):
+    """Response by response and token by token, once the policy has moved."""
+    it = made(kind)
+    it.advance()
+    asked, drawn, _numbers = it.draw()
+    some, c = it.round(drawn, length(asked, drawn)), it.config
+    some = some._replace(old=some.old + 0.3 * torch.randn(some.old.shape).double(),
+                         reference=some.reference + 0.7, values=some.values + 0.1)  # fmt: skip
+    total = 0.0
+    for i, n in enumerate(some.texts.response.tolist()):
+        one = some.texts.rows(torch.tensor([i]))
+        with torch.no_grad():
+            log_p = likely(it.model, states(it.model, one), one, c.temperature, it.never)[0]
+            values = it.values(one)[0] if isinstance(c, Ppo) else None
+        for t in range(n):
+            A, ratio = some.advantages[i, t].item(), math.exp(log_p[t] - some.old[i, t])
+            total -= min(ratio * A, min(max(ratio, 1 - c.clip), 1 + c.clip) * A)
+            if isinstance(c, Ppo):
+                V, old, R = (x.item() for x in (values[t], some.values[i, t], some.returns[i, t]))
+                near = old + min(max(V - old, -c.value_clip), c.value_clip)
+                total += c.value_weight * 0.5 * max((V - R) ** 2, (near - R) ** 2)
+            elif c.kl == "loss":
+                delta = (some.reference[i, t] - log_p[t]).item()
+                total += it.beta * (math.exp(delta) - delta - 1)
+    tokens = some.texts.response.sum().double()
+    found = it.loss(some, tokens)[0].item()
+    assert found == pytest.approx(total / tokens.item(), abs=1e-10)
+
+
+def test_each_time_through_a_round_has_an_order_of_its_own():
+    it = made("ppo")
+    orders = []
+    for it.step in range(3):
+        parts = [part.tolist() for part in it.minibatches(list(range(12)))]
+        assert [len(part) for part in parts] == [6] * 4
+        orders += [parts[0] + parts[1], parts[2] + parts[3]]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+
+
 # --- nothing depends on how it is dealt out -------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import variance
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -30,6 +31,7 @@ from improve import Dpo, Grpo, Ppo
 from instruct import Lessons, lessons, write
 from judge import Label, Prefer, Reward, again, felt_better
 from preferences import Ranking, Rating, fault, usable
+from questions import questions_of
 from rollout import sample
 from run import RUNS, Run, UserError, write_json
 from tasks import RATERS, WORTHLESS, Rater, problem
@@ -255,6 +257,27 @@ def test_questions_of_one_s_own_are_judged_by_a_model(folder):
     Path("none.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(UserError, match=r"none\.jsonl:1"):
         align.better(replace(config, name="other", path="none.jsonl"))
+
+
+def test_one_s_own_questions_end_before_the_reply_that_was_given():
+    talk = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
+    write([talk, talk[:2]], path := Path("own.jsonl"))
+    assert [one.turns for one in questions_of(path)] == [talk[:3], talk[:1]]
+    path.unlink()
+
+
+def test_answers_stand_with_their_questions(monkeypatch):
+    """Several to each, drawn in another order: short ones first."""
+
+    def said(writer, prompts, tokens, temperature, seed, numbers):
+        replies = [f"{prompt} {n % 2}" for prompt, n in zip(prompts, numbers, strict=True)]
+        return SimpleNamespace(replies=replies)
+
+    monkeypatch.setattr(judge, "sample", said)
+    monkeypatch.setattr(judge, "prompt_ids", lambda writer, turns: turns)
+    asked = [SimpleNamespace(turns="x" * n) for n in (5, 1, 3)]
+    found = judge.answered(None, asked, 2, 1.0, 9, 0)
+    assert found == [("xxxxx 0", "xxxxx 1"), ("x 0", "x 1"), ("xxx 0", "xxx 1")]
 
 
 def test_who_knows_no_roles_cannot_be_asked(folder):

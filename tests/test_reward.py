@@ -10,15 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ModelConfig, Transformer
+from optim import OptimConfig, learning_rate
 from reward import (
+    LOSSES,
+    Judged,
     RewardModel,
     Scale,
     accuracy,
     calibration,
+    fitted,
     order_loss,
     pair_loss,
     ranking_loss,
     rating_loss,
+    texts_of,
 )
 
 
@@ -171,6 +176,80 @@ def test_a_score_does_not_depend_on_pads(arch, seed, lengths, before, behind):
     assert (found - torch.cat(alone)).abs().max() < 1e-12
     plain = torch.stack([torch.nn.functional.pad(x, (0, 8 - len(x)), value=3) for x in texts])
     assert (reward(plain, torch.tensor(lengths)) - found).abs().max() < 1e-12
+
+
+def small(arch="decoder", vocab_size=11):
+    config = ModelConfig(dim=16, layers=1, heads=2, vocab_size=vocab_size, context=40, arch=arch)
+    return RewardModel(Transformer(config, 0)).double()
+
+
+def judged_at_random(seed, count):
+    """Prompts with two to four responses each, in some order."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def number(lo, hi):
+        return int(torch.randint(lo, hi, (1,), generator=rng))
+
+    def ids():
+        return torch.randint(11, (number(1, 6),), generator=rng).tolist()
+
+    return [
+        Judged(
+            ids(), [ids() for _ in range(K)], [float(number(1, 4)) for _ in range(K)], number(0, 2)
+        )
+        for K in (number(2, 5) for _ in range(count))
+    ]
+
+
+@given(seeds, st.sampled_from([("pairs", ranking_loss), ("order", order_loss)]))
+def test_the_loss_of_a_batch_is_the_mean_over_its_prompts(seed, kind):
+    name, of_one = kind
+    groups = judged_at_random(seed, 4)
+    scores = drawn(seed, sum(len(g.said) for g in groups))
+    each, left = [], scores.tolist()
+    for g in groups:
+        own, left = torch.tensor(left[: len(g.said)]).double(), left[len(g.said) :]
+        each.append(of_one(own, torch.tensor(g.said)).item())
+    found = LOSSES[name](scores, groups, torch.zeros(1))
+    assert found.item() == pytest.approx(sum(each) / 4, abs=1e-12)
+
+
+@given(seeds)
+def test_a_rescaled_model_says_what_the_scale_makes_of_its_scores(seed):
+    reward, cpu = small(), torch.device("cpu")
+    texts = texts_of(judged_at_random(seed, 3), cpu)
+    with torch.no_grad():
+        reward.head.dense.bias += 3
+    before = reward.scores(texts)
+    scale = Scale.of(before)
+    reward.rescale(scale)
+    after = reward.scores(texts)
+    assert torch.allclose(after, scale(before), rtol=0, atol=1e-9)
+    assert abs(after.mean()) < 1e-9 and after.var(correction=0) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fitting_is_one_update_after_another(loss):
+    """Against AdamW as torch has it, with gradients of one batch at a time."""
+    groups = judged_at_random(1, 6)
+    if loss == "ratings":
+        groups = [g._replace(responses=g.responses[:1], said=g.said[:1]) for g in groups]
+    reward, by_hand = small(), small()
+    how = OptimConfig("adamw", 0.01, weight_decay=0.0, beta2=0.99, eps=1e-5, warmup=0.0)
+    zeros = fitted(reward, groups, loss, how, batch=6, epochs=3, raters=2)
+    own = torch.nn.Parameter(torch.zeros(2))
+    params = [*by_hand.parameters(), own]
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = learning_rate(how, step, 3)
+        optimizer.zero_grad()
+        scores = by_hand.of(texts_of(groups, torch.device("cpu")))
+        LOSSES[loss](scores, groups, own).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], how.clip)
+        optimizer.step()
+    for (name, p), q in zip(reward.named_parameters(), by_hand.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-6, name  # torch adds ε to a clipped norm
+    assert (zeros - (own - own.mean())).abs().max() < 1e-5
 
 
 # --- how good it is -------------------------------------------------------------------------------
