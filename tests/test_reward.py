@@ -206,10 +206,10 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_prompts(seed, kind):
     name, of_one = kind
     groups = judged_at_random(seed, 4)
     scores = drawn(seed, sum(len(g.said) for g in groups))
-    each, left = [], scores.tolist()
+    each, left = [], list(scores)
     for g in groups:
-        own, left = torch.tensor(left[: len(g.said)]).double(), left[len(g.said) :]
-        each.append(of_one(own, torch.tensor(g.said)).item())
+        own, left = left[: len(g.said)], left[len(g.said) :]
+        each.append(of_one(torch.stack(own), torch.tensor(g.said)).item())
     found = LOSSES[name](scores, groups, torch.zeros(1))
     assert found.item() == pytest.approx(sum(each) / 4, abs=1e-12)
 
