@@ -105,7 +105,7 @@ TINY = {
     "align.py sft": "--base base --asked 1 --steps 2 --lessons.count 60 --lessons.levels 1",
     "align.py label": "--run sft --count 1 --each 2 --tokens 3",
     "align.py prefer": "--run sft --count 2 --each 2 --tokens 3",
-    "align.py reward": "--run sft --batch 2 --epochs 1 --held 0.5",
+    "align.py reward": "--run sft --epochs 1 --held 0.5 --count 40 --tasks copy --levels 1",
     **{f"align.py {name}": IMPROVE for name in ("ppo", "grpo")},
     "align.py dpo": f"{IMPROVE} --preferences preferences.jsonl",
     "align.py think": "--digits 1 --tuning 2 --lessons 60 --steps 1 --asked 1 --tokens 3",
