@@ -44,6 +44,7 @@ from dropout import Drop
 from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
+from optim import learnt
 from positions import POSITIONS, Rotation
 from presets import PUBLISHED
 from run import UserError, generator, main, settings, table, value_of
@@ -60,18 +61,14 @@ ADDED_TO_SCORES = ("relative", "t5", "alibi")
 class ModelConfig:
     """The shape of a transformer."""
 
-    preset: Literal[("tiny", *PUBLISHED)] = (
-        "tiny"  # a named shape, which other settings then change
-    )
+    preset: Literal[("tiny", *PUBLISHED)] = "tiny"  # a named shape, which other settings change
     arch: Literal["decoder", "encoder", "encdec"] = (
         "decoder"  # who reads and who writes: as GPT, as BERT, or as T5, which has both
     )
     dim: int = 128  # width of the stream
     layers: int = 4  # blocks (encdec: of the encoder, and as many of the decoder)
     heads: int = 4  # query heads
-    kv_heads: int = (
-        0  # key-value heads, each shared by heads / kv_heads queries; 0: as many as heads
-    )
+    kv_heads: int = 0  # key-value heads, shared by heads / kv_heads queries; 0: as many as heads
     head_width: int = 0  # channels of a head; 0: dim / heads
     context: int = 256  # tokens in one row of a batch
     vocab_size: int = 0  # tokens known; 0: as many as the tokenizer has
@@ -581,15 +578,19 @@ def assembled(config: ModelConfig, weights: Weights) -> Transformer:
 
 
 def fill(model: nn.Module, weights: Weights) -> None:
-    """Give a model the weights in files; UserError, before any is read, if one does not fit."""
-    found, own = weights.load("meta"), model.state_dict()
+    """Give a model the weights in files, all that are not frozen.
+
+    UserError, before any is read, if one does not fit.
+    """
+    found, own = weights.load("meta"), learnt(model)
     for name in sorted(own.keys() | found.keys()):
         have, want = (tuple(d[name].shape) if name in d else None for d in (found, own))
         if have != want:
             raise UserError(
                 f"{weights.files[0]} does not fit its config.json: {name} is {have}, not {want}"
             )
-    model.load_state_dict(weights.load(), assign=next(model.parameters()).is_meta)
+    meta = next(model.parameters()).is_meta
+    model.load_state_dict(weights.load(), strict=False, assign=meta)
 
 
 # --- counting -------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ Letters: B batch · T tokens · C model width · H heads · V vocabulary.
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,8 @@ def share(p: Parameter, dim: int, cut: Cut, part: int, last: int | None = None) 
     last = part if last is None else last
     lo, hi = cut.bounds(p.shape[dim], part)[0], cut.bounds(p.shape[dim], last)[1]
     new = Parameter(
-        p.detach().narrow(dim, lo, hi - lo).clone(memory_format=torch.contiguous_format)
+        p.detach().narrow(dim, lo, hi - lo).clone(memory_format=torch.contiguous_format),
+        p.requires_grad,
     )
     new.place = place._replace(dim=dim, lo=lo, hi=hi, part=part, several=last - part + 1, here=True)
     return new
@@ -155,23 +157,16 @@ def pieces(whole: nn.Module, cut: Cut, rows: tuple[str, ...], columns: str) -> n
     """
     found = []
     for i in cut.own:
+        own = partial(share, cut=cut, part=i)
         part = copy.copy(whole)
         part._modules = dict(whole._modules)
         for name in rows:
             linear: Linear | None = getattr(whole, name)
             if linear is not None:
-                setattr(part, name, linear_part(linear, 0, cut, i))
-        setattr(part, columns, linear_part(getattr(whole, columns), 1, cut, i))
+                setattr(part, name, linear.split(0, own))
+        setattr(part, columns, getattr(whole, columns).split(1, own))
         found.append(part)
     return nn.ModuleList(found)
-
-
-def linear_part(linear: Linear, dim: int, cut: Cut, i: int) -> Linear:
-    part = copy.copy(linear)
-    part._parameters = {"weight": share(linear.weight, dim, cut, i), "bias": None}
-    if linear.bias is not None and dim == 0:
-        part.bias = share(linear.bias, 0, cut, i)
-    return part
 
 
 class SplitAttention(nn.Module):

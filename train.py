@@ -54,10 +54,10 @@ from step import (
     pick_dtype,
     watched,
 )
-from training import WORLD_STEPS, Train, Training, base_of, changes, stored, unchangeable
+from training import WORLD_STEPS, Train, Training, changes, stored, unchangeable
 from vocabulary import Tokenizer
 from world import judged
-from writer import load_tokenizer
+from writer import base_of, load_tokenizer
 
 # --- settings -------------------------------------------------------------------------------------
 

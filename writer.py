@@ -22,6 +22,7 @@ from torch import Tensor
 from chat import END as END_OF_TURN
 from chat import keep_template, knows_roles
 from heads import load_heads
+from lora import Adapter, adapt, frozen_mark, plain
 from model import NORMS, ModelConfig, Transformer, assembled, fill
 from model_files import Weights, special_ids
 from run import Run, UserError, main, read_json, settings
@@ -65,6 +66,47 @@ def model_of(run: Run) -> ModelConfig:
     return settings(ModelConfig, run.config().get("model"), f"{run.folder}/config.json", "model.")
 
 
+def base_of(name: str) -> Writer:
+    """The model and the tokenizer with which a run begins: another run's, or a folder's."""
+    path = Path(name) / "config.json"
+    if path.is_file() and "model_type" in read_json(path):
+        return load_folder(Path(name), torch.device("cpu"))
+    return load(Run.open(name), torch.device("cpu"))
+
+
+def first_model(config: ModelConfig, base: str, how: Adapter, seed: int) -> Transformer:
+    """What a run begins with: drawn weights, or its base's and adapters.
+
+    Rows of the embedding that the base lacks, for new special tokens, are drawn anew.
+    """
+    model = Transformer(config, seed)
+    if base:
+        found = model.state_dict()
+        for name, x in plain(base_of(base).model).state_dict().items():
+            found[name][tuple(slice(n) for n in x.shape)] = x
+    adapt(model, how, seed)
+    return model
+
+
+def adapter_of(run: Run) -> Adapter:
+    """With what a run was trained beside its base, if it was not all its weights."""
+    values = run.config().get("adapter", {})
+    return settings(Adapter, values, f"{run.folder}/config.json", "adapter.")
+
+
+def with_adapter(run: Run, config: ModelConfig, how: Adapter, path: Path) -> Transformer:
+    """The base of a run with the adapters of a checkpoint; UserError if it is another base now."""
+    base = run.config()["base"]
+    model = first_model(config, base, how, run.config()["seed"])
+    if read_json(path / "train_state.json").get("base") != frozen_mark(model):
+        raise UserError(
+            f"{run.folder} is an adapter of another {base} than the one that is there now: put "
+            "that back"
+        )
+    load_weights(model, path / "model.safetensors")
+    return model
+
+
 def load(run: Run, device: torch.device) -> Writer:
     """A run's newest whole checkpoint, and the tokenizer that it was trained with."""
     config, where = model_of(run), f"{run.folder}/config.json"
@@ -79,7 +121,10 @@ def load(run: Run, device: torch.device) -> Writer:
     shape = kept.get("model") if isinstance(kept, dict) else kept
     if settings(ModelConfig, shape, f"{newest}/train_state.json", "model.") != config:
         raise UserError(f"the model of {where} is not the one that {newest} was trained with")
-    model = assembled(config, Weights([newest / "model.safetensors"]))
+    if (how := adapter_of(run)).kind != "none":
+        model = with_adapter(run, config, how, newest)
+    else:
+        model = assembled(config, Weights([newest / "model.safetensors"]))
     model, end = model.to(device).eval(), tokenizer.end_of_text
     whole = run.config().get("objective", "causal") not in ("causal", "chat")
     stop = {end} | {tokenizer.special[t] for t in (END_OF_TURN,) if t in tokenizer.special}

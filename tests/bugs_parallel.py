@@ -56,9 +56,9 @@ BUGS = {
             ),
             # heads of one part with keys of the next
             (
-                "setattr(part, name, linear_part(linear, 0, cut, i))",
-                "setattr(part, name, linear_part(linear, 0, cut, "
-                "(i + (name == 'key')) % cut.parts))",
+                "setattr(part, name, linear.split(0, own))",
+                "setattr(part, name, linear.split(0, partial(share, cut=cut, "
+                "part=(i + (name == 'key')) % cut.parts)))",
             ),
             # f without its sum, g with one too many
             ("return ctx.cut.group.sum_(total.clone()), None", "return total.clone(), None"),

@@ -1,0 +1,271 @@
+"""LoRA: a few new weights beside frozen ones, which learn what all of them would have learnt.
+
+Idea: what tuning adds to a matrix W has a low rank, so let it be a product of two thin matrices,
+
+    y = W x + b + (α/r) B A x,        W (out in) frozen,  A (r in) drawn,  B (out r) zero at first
+
+and train only A and B: at the start nothing has changed, the optimizer has little to hold, and a
+tuned model is a file of some kilobytes beside its base. When it is to be fast, W + (α/r) B A is one
+matrix again. Several such adapters can stand on one base, and be switched or added up.
+
+    adapt(model, settings)          put adapters on the linears that settings name, freeze the rest
+    use(model, {"a": 1, "b": 0.5})  which adapters count, and how much
+    merge(model), unmerge(model)    compute with W + Δ; the bits of W stay aside and come back
+    plain(model)                    the model without adapters, whose matrices are the merged ones
+
+Nothing in model.py knows of this: a linear is exchanged for one that has another inside.
+
+Run: python -m pytest tests/test_lora.py
+
+Papers: Hu et al. 2021, LoRA (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732);
+Dettmers et al. 2023, QLoRA (arXiv 2305.14314).
+
+Letters: R rank · C model width · V vocabulary.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from dropout import dropped
+from model import Transformer
+from run import UserError, generator
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained: all weights, or a few new ones beside frozen ones."""
+
+    kind: Literal["none", "lora"] = "none"  # none: all weights are trained
+    rank: int = 8  # of what is added to a matrix
+    alpha: float = 16.0  # what is added counts alpha / rank
+    root: bool = False  # alpha / √rank instead (rsLoRA)
+    on: tuple[str, ...] = ("query", "value")  # matrices: ends of their names, or patterns with *
+    dropout: float = 0.0  # share of its input that training forgets
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.alpha > 0:
+            raise UserError("--adapter.rank must be at least 1, and --adapter.alpha above 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--adapter.dropout {self.dropout} must be from 0 to below 1")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.root else self.rank)
+
+
+NONE = Adapter()
+
+# --- one matrix -----------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """x ↦ s B A x, A (R in), B (out R); 0 at the start, as B is."""
+
+    def __init__(self, shape: tuple[int, int], rank: int, scale: float, share: float = 0.0):
+        super().__init__()
+        self.A = Parameter(torch.empty(rank, shape[1]))
+        self.B = Parameter(torch.zeros(shape[0], rank))
+        self.scale, self.share = scale, share
+        self.first = 0  # the channel of the whole input that its own begin with
+
+    def forward(self, x: Tensor, gone: Callable[[float, Tensor, int], Tensor] | None) -> Tensor:
+        if self.share and gone is not None:
+            x = x.masked_fill(gone(self.share, x, self.first), 0) / (1 - self.share)
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+
+    def delta(self) -> Tensor:
+        """s B A (out in), in fp32 or wider."""
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        return self.scale * (self.B.to(wide) @ self.A.to(wide))
+
+    def split(self, dim: int, share: Callable[[Parameter, int], Parameter]) -> "LowRank":
+        """With some rows of B, or some columns of A; the other one is shared by all parts."""
+        part = copy.copy(self)
+        cut = {"A": share(self.A, 1)} if dim else {"B": share(self.B, 0)}
+        part._parameters = {**self._parameters, **cut}
+        part.first = cut["A"].place.lo if dim else 0
+        return part
+
+
+class LoraLinear(nn.Module):
+    """y = W x + b + Σ w s B A x over the adapters that are in use, each with its weight w."""
+
+    def __init__(self, base: nn.Module, place: int):
+        """base: any linear that has shape, bias, split and dense. place: a number of its own."""
+        super().__init__()
+        self.base, self.place = base, place
+        self.adapters = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        self.merged: Tensor | None = None
+        self.draws: tuple[Tensor, Tensor] | None = None  # of dropout: whose rows, and where
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.merged.to(x.dtype), bias)
+        y = self.base(x)
+        gone = None if self.draws is None else self.gone
+        for name, weight in self.weights.items():
+            y = y + weight * self.adapters[name](x, gone)
+        return y
+
+    def gone(self, share: float, x: Tensor, first: int) -> Tensor:
+        """What of the input x (B T in) is forgotten; its channels begin with number `first`."""
+        return dropped(share, self.draws[0], self.place, self.draws[1], x.shape[-1], first)
+
+    def dense(self) -> Tensor:
+        """W + Σ w s B A, added in fp32 or wider."""
+        W = self.base.dense()
+        wide = torch.promote_types(W.dtype, torch.float32)
+        delta = sum(w * self.adapters[name].delta() for name, w in self.weights.items())
+        return (W.to(wide) + delta).to(W.dtype)
+
+    def split(self, dim: int, share: Callable[[Parameter, int], Parameter]) -> "LoraLinear":
+        part = copy.copy(self)
+        part._modules = {
+            "base": self.base.split(dim, share),
+            "adapters": nn.ModuleDict({n: a.split(dim, share) for n, a in self.adapters.items()}),
+        }
+        return part
+
+
+# --- a model --------------------------------------------------------------------------------------
+
+PLACE = 1 << 20  # places of dropout from here on are those of adapters; blocks have those below
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of a model by its name: what has a matrix, plain, adapted or quantized."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if hasattr(type(module), "dense") and not inside:
+            found[name] = module
+    return found
+
+
+def chosen(model: nn.Module, on: Iterable[str]) -> list[str]:
+    """The linears whose names end with a word of `on`, or fit its pattern; UserError if none."""
+    names, found = list(linears(model)), set()
+    for word in on:
+        fits = [n for n in names if n == word or n.endswith(f".{word}") or fnmatchcase(n, word)]
+        if not fits:
+            known = sorted({n.split(".")[-1] for n in names})
+            raise UserError(
+                f"--adapter.on {word!r} names no linear of the model: choose among "
+                f"{', '.join(known)}, or give a pattern such as 'layers.0.*'"
+            )
+        found |= set(fits)
+    return [n for n in names if n in found]
+
+
+def exchange(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of the one with this name."""
+    above, _, last = name.rpartition(".")
+    setattr(model.get_submodule(above), last, new)
+
+
+def adapt(model: Transformer, how: Adapter, seed: int = 0, name: str = "default") -> None:
+    """Put an adapter on the linears that `how` names, and freeze all that is no adapter.
+
+    At the start it changes no bit: A is uniform in ±1/√in, as PEFT and loralib draw it, and B zero.
+    It counts at once, beside those that are there already. UserError if its name is taken.
+    """
+    if how.kind == "none":
+        return
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for linear in chosen(model, how.on):
+        old = model.get_submodule(linear)
+        if not isinstance(old, LoraLinear):
+            old = LoraLinear(old, PLACE + len(adapted(model)))
+            exchange(model, linear, old)
+        if name in old.adapters:
+            raise UserError(f"there is an adapter {name!r} already: give another name")
+        new = LowRank(old.shape, how.rank, how.scale, how.dropout)
+        draw = generator(seed, f"init/{linear}.{name}")
+        bound = old.shape[1] ** -0.5
+        new.A.data.copy_(torch.rand(new.A.shape, generator=draw) * 2 * bound - bound)
+        old.adapters[name] = new.to(next(iter(model.parameters())))
+        old.weights = {**old.weights, name: 1.0}
+
+
+def adapted(model: nn.Module) -> dict[str, LoraLinear]:
+    """The linears that have adapters, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def frozen_mark(model: nn.Module) -> str:
+    """A hash of all frozen weights, by which an adapter knows its base; "" if there are none.
+
+    Adapters are not part of it, frozen or not.
+    """
+    sum = hashlib.blake2b(digest_size=16)
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    for name, p in frozen.items():
+        if ".adapters." not in name:
+            bits = p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            sum.update(f"{name.replace('.base.', '.')} {tuple(p.shape)} ".encode() + bits)
+    return sum.hexdigest() if frozen else ""
+
+
+def use(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Let these adapters count, each so much, and no others; {} is the base.
+
+    UserError if there is none of a name.
+    """
+    there = {name for linear in adapted(model).values() for name in linear.adapters}
+    if unknown := sorted(weights.keys() - there):
+        names = ", ".join(sorted(there)) or "none"
+        raise UserError(f"there is no adapter {unknown[0]!r} on the model: it has {names}")
+    for linear in adapted(model).values():
+        linear.weights = {name: w for name, w in weights.items() if name in linear.adapters}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Compute with one matrix instead of three; what the adapters say now is taken."""
+    for linear in adapted(model).values():
+        linear.merged = linear.dense()
+
+
+def unmerge(model: nn.Module) -> None:
+    """As before `merge`, to the bit: W has not been touched."""
+    for linear in adapted(model).values():
+        linear.merged = None
+
+
+@torch.no_grad()
+def plain(model: Transformer) -> Transformer:
+    """The same function without adapters: a model of its own, every weight of which can be trained.
+
+    A model that has none is given back as it is.
+    """
+    if not (found := adapted(model)):
+        return model
+    model = copy.deepcopy(model)
+    for name in found:
+        linear = model.get_submodule(name)
+        exchange(model, name, linear.base.like(linear.dense()))
+    for p in model.parameters():
+        p.requires_grad_(True)
+    return model
