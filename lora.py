@@ -108,7 +108,7 @@ class LoraLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.weights: dict[str, float] = {}
         self.merged: Tensor | None = None
-        self.draws: tuple[Tensor, Tensor] | None = None  # of dropout: whose rows, and where
+        self.told: list[Tensor] = []  # of dropout: what it is drawn from, and where; see Stack
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -123,14 +123,15 @@ class LoraLinear(nn.Module):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.merged.to(x.dtype), bias)
         y = self.base(x)
-        gone = None if self.draws is None else self.gone
+        gone = self.gone if self.told else None
         for name, weight in self.weights.items():
             y = y + weight * self.adapters[name](x, gone)
         return y
 
     def gone(self, share: float, x: Tensor, first: int) -> Tensor:
         """What of the input x (B T in) is forgotten; its channels begin with number `first`."""
-        return dropped(share, self.draws[0], self.place, self.draws[1], x.shape[-1], first)
+        draws, at = self.told
+        return dropped(share, draws, self.place, at, x.shape[-1], first)
 
     def dense(self) -> Tensor:
         """W + Σ w s B A, added in fp32 or wider."""
@@ -198,6 +199,7 @@ def adapt(model: Transformer, how: Adapter, seed: int = 0, name: str = "default"
         old = model.get_submodule(linear)
         if not isinstance(old, LoraLinear):
             old = LoraLinear(old, PLACE + len(adapted(model)))
+            old.told = told_by(model, linear)
             exchange(model, linear, old)
         if name in old.adapters:
             raise UserError(f"there is an adapter {name!r} already: give another name")
@@ -207,6 +209,17 @@ def adapt(model: Transformer, how: Adapter, seed: int = 0, name: str = "default"
         new.A.data.copy_(torch.rand(new.A.shape, generator=draw) * 2 * bound - bound)
         old.adapters[name] = new.to(next(iter(model.parameters())))
         old.weights = {**old.weights, name: 1.0}
+
+
+def told_by(model: Transformer, linear: str) -> list[Tensor]:
+    """Where the stack whose tokens this linear reads says what dropout is drawn from.
+
+    Keys and values of cross attention are made of the encoder's tokens.
+    """
+    of_encoder = linear.startswith("encoder.") or linear.endswith((".cross.key", ".cross.value"))
+    stack = model.encoder if of_encoder else model
+    stack.told = [] if stack.told is None else stack.told
+    return stack.told
 
 
 def adapted(model: nn.Module) -> dict[str, LoraLinear]:

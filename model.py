@@ -52,8 +52,6 @@ from run import UserError, generator, main, settings, table, value_of
 # --- settings -------------------------------------------------------------------------------------
 
 LARGEST = 1 << 28  # of any whole number here: a matrix with such sides has its bytes in 64 bits
-
-
 ADDED_TO_SCORES = ("relative", "t5", "alibi")
 
 
@@ -359,6 +357,7 @@ class Stack(nn.Module):
         self.embed_norm = norm(config.dim, config.norm_eps, True) if config.embed_norm else None
         last = config.order == "pre"
         self.norm = norm(config.dim, config.norm_eps, config.bias) if last else None
+        self.told: list[Tensor] | None = None  # for adapters: what dropout is drawn from, and where
 
     def through(
         self, x: Tensor, positions: Tensor, mask: Mask, *rest: object, draws: Tensor | None = None
@@ -383,8 +382,9 @@ class Stack(nn.Module):
         mask = ATTENTIONS[self.config.attention].narrow(replace(mask, at=at[None]), S, self.config)
         mask = self.position.scored(mask, S)
         rotation = self.position.rotation(positions)
-        drop = self.drop(draws, at)
-        new = []
+        drop, new = self.drop(draws, at), []
+        if self.told is not None:
+            self.told[:] = [] if draws is None else [draws, at]
         for i, layer in enumerate(self.layers):
             parts = (some[i] if some else None for some in (past, memory))
             x, kv = layer(x, mask, rotation, *parts, cross_mask, drop)

@@ -104,6 +104,11 @@ class Train:
             raise UserError("--objective chat and --data.form chat belong together: give both")
         if self.adapter.kind != "none" and not self.base:
             raise UserError("--adapter.kind needs a --base, beside whose weights it stands")
+        if self.adapter.dropout and self.recompute != "none" and self.plan.pipeline > 1:
+            raise UserError(
+                "--adapter.dropout, --recompute and --plan.pipeline do not go together: what was "
+                "dropped would be drawn again for another micro-batch; leave one of them out"
+            )
         if not 0 <= self.watch_every <= MOST:
             raise UserError(f"--watch-every {self.watch_every} must be from 0 to {MOST:,}")
         if (warm := round(self.optim.warmup * self.steps)) == self.steps:

@@ -52,6 +52,7 @@ class Unit:
     def __init__(self, params: list[Parameter], shards: list[Parameter], group: Group):
         self.params, self.shards, self.group = params, shards, group
         self.moved = [(p, s) for p, s in zip(params, shards, strict=True) if p.requires_grad]
+        self.frozen = len(self.moved) < len(params)
         self.ready = 0  # weights whose gradient the backward pass has finished
         self.bounds = bounds(params, group.size)
         self.moved_bounds = bounds([p for p, _ in self.moved], group.size)
@@ -117,8 +118,9 @@ class Shards:
                 for p, _ in unit.moved:
                     p.register_post_accumulate_grad_hook(lambda _, unit=unit: self.ready(unit))
         if stage == 3:
-            for unit, block in zip(self.units, blocks_of(part), strict=False):
-                follow(block, unit)
+            for i, (unit, block) in enumerate(zip(self.units, blocks_of(part), strict=False)):
+                first = i in (0, len(part.layers))  # of the decoder, of the encoder
+                follow(block, unit, None if first else self.units[i - 1])
             for unit in self.units:
                 unit.free()
 
@@ -133,7 +135,7 @@ class Shards:
     def send(self) -> None:
         unit = self.moving[self.sent]
         unit.scatter()
-        if self.stage == 3 and unit is not self.units[-1]:
+        if self.stage == 3 and unit is not self.units[-1] and not unit.frozen:
             unit.free()
         self.sent += 1
 
@@ -142,7 +144,7 @@ class Shards:
         while self.stage >= 2 and self.sent < len(self.moving):
             self.send()
         for unit in self.units[:-1] if self.stage == 3 else ():
-            if not unit.moved:
+            if unit.frozen:
                 unit.free()
         self.sent = 0
         for unit in self.units:
@@ -196,12 +198,21 @@ def blocks_and_root(part: Transformer) -> list[list[Parameter]]:
     return [*inside, [p for p in part.parameters() if p not in taken]]
 
 
-def follow(block: nn.Module, unit: Unit) -> None:
-    """Gather a block's weights before it computes, forward or backward, and free them behind."""
+def follow(block: nn.Module, unit: Unit, last: Unit | None) -> None:
+    """Gather a block's weights before it computes, forward or backward, and free them behind.
+
+    Backward, trained weights are done with when their gradients are there, but frozen ones only
+    when the gradient has come through: then those of the block that was the last to compute go.
+    """
+
+    def back(gradient: Tensor) -> None:
+        if last is not None and last.frozen:
+            last.free()
+        unit.gather()
 
     def behind(module: nn.Module, inputs: tuple, output: tuple) -> None:
         if output[0].requires_grad:
-            output[0].register_hook(lambda gradient: unit.gather())
+            output[0].register_hook(back)
         unit.free()
 
     block.register_forward_pre_hook(lambda module, inputs: unit.gather())
