@@ -35,6 +35,7 @@ import tasks
 from chat import END, Turn, Turns, knows_roles
 from examine import writer_of
 from improve import Dpo
+from lora import Adapter, adapt, plain
 from optim import OptimConfig
 from preferences import Ranking, Rating, label, ranked, rated, usable
 from questions import Asked, prompt_ids, question
@@ -204,6 +205,7 @@ class Reward:
     highest: float = 10.0
     strict: bool = False  # end at the first record that cannot be used, instead of leaving it out
     arch: Literal["decoder", "encoder"] = "decoder"  # encoder: each token sees the whole answer
+    adapter: Adapter = Adapter()
     epochs: int = 2  # times through all that was said
     batch: int = 16  # questions in an update; of ratings as many answers
     lr: float = 2e-3  # highest learning rate; it falls to 0
@@ -283,7 +285,8 @@ def reward(config: Reward) -> None:
     writer = writer_of(tuned, "", config.device)
     found = usable(Path(path), config.strict, config.lowest, config.highest)
     parts = material(config, writer, found)
-    model = writer.model
+    model = plain(writer.model)
+    adapt(model, config.adapter, config.seed)
     model.config = replace(model.config, arch=config.arch)
     mine = RewardModel(model, config.seed).to(model.embedding.device)
     texts = texts_of(parts.train[:500], model.embedding.device)
@@ -299,6 +302,7 @@ def reward(config: Reward) -> None:
     found = (of_ratings if config.said == "ratings" else of_orders)(mine, parts, zeros, known)
     if config.normalize:
         mine.rescale(Scale.of(mine.scores(texts)))
+    mine.model = plain(mine.model)
     run = Run.create(config.name, {"model": asdict(model.config), "objective": "reward",
                                    "settings": asdict(config)})  # fmt: skip
     writer.tokenizer.save(run.folder / writer.tokenizer.file_name)

@@ -66,6 +66,17 @@ class Adapter:
 
 NONE = Adapter()
 
+
+def flags(how: Adapter) -> list[str]:
+    """As a command line has it."""
+    if how == NONE:
+        return []
+    words = ["--adapter.on", *how.on] + ["--adapter.root"] * how.root
+    for name in ("kind", "rank", "alpha", "dropout"):
+        words += [f"--adapter.{name}", str(getattr(how, name))]
+    return words
+
+
 # --- one matrix -----------------------------------------------------------------------------------
 
 

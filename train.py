@@ -29,6 +29,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -37,9 +38,11 @@ from chat import keep_template, knows_roles, with_roles
 from clean import Step
 from data import CUT, Corpus, prepare
 from guard import failing
+from lora import adapt
 from mesh import Group, Plan, join
-from model import ModelConfig, preset_in
+from model import ModelConfig, Transformer, preset_in
 from objectives import objective_for
+from optim import learnt
 from parallel_training import after_restart, begin, check_size, lead, one_voice, shared
 from plan import Plan as AutomaticPlan
 from run import Run, UserError, check_free, main, plot_loss, plot_scales, value_of
@@ -156,7 +159,7 @@ def introduction(
         + left_out(meta["steps"])
         + f"tokens   {m.vocab_size:,} known, {train['bytes'] / train['tokens']:.2f} bytes each\n"
         f"model    {m.layers} blocks, {m.dim} wide, {m.heads} heads of {m.head_dim}, feed-forward "
-        f"{m.ffn_width}: {N:,} parameters\n"
+        f"{m.ffn_width}: {N:,} parameters{moving(training)}\n"
         f"step     {config.accumulate} × {config.batch} rows × {width} = "
         f"{training.ramp.full * width:,} tokens"
         + (f", at first {config.ramp_from} rows" if config.ramp_from else "")
@@ -177,6 +180,18 @@ def introduction(
         + "".join(f"\nchanged  {text}" for text in changed)
         + "\n"
     )
+
+
+def moving(training: Training) -> str:
+    """How many parameters an adapter has, if it is all that is trained."""
+    how = training.config.adapter
+    if how.kind == "none":
+        return ""
+    with torch.device("meta"):
+        model = Transformer(training.config.model, None)
+        adapt(model, how)
+    many = sum(p.numel() for p in learnt(model).values())
+    return f"; {how.kind} of rank {how.rank} on {' '.join(how.on)}: {many:,} are trained"
 
 
 def left_out(steps: list[dict]) -> str:

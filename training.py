@@ -171,11 +171,14 @@ def least_bytes(config: Train) -> int:
     """That a process must hold at least: weights, gradients, optimizer, and some of what backward
     needs, which is twice the stream for each block.
 
-    ZeRO 1 divides 8 bytes of a weight's 16 among the copies, ZeRO 2 4 more, ZeRO 3 all.
+    ZeRO 1 divides 8 bytes of a weight's 16 among the copies, ZeRO 2 4 more, ZeRO 3 all. Beside
+    adapters weights are frozen, and have 4.
     """
     c, plan = config.model, config.plan
-    divided = (0, 8, 12, 16)[plan.zero]
-    each = 16 - divided + divided / plan.data
+    divided, total = (0, 8, 12, 16)[plan.zero], 16
+    if config.adapter.kind != "none":
+        divided, total = (0, 0, 0, 4)[plan.zero], 4
+    each = total - divided + divided / plan.data
     stream = 2 * 4 * config.batch * c.context * c.dim * c.layers / plan.data
     return int((each * sum(parameters(c).values()) / plan.tensor + stream) / plan.pipeline)
 

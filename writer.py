@@ -184,7 +184,7 @@ def script() -> None:
     run, folder = Run.open(config.run), Path(config.out)
     writer = load(run, torch.device("cpu"))
     ends = sorted(writer.stop - {writer.tokenizer.end_of_text}) or [writer.tokenizer.end_of_text]
-    writer.model.save(folder, end=ends[0])
+    plain(writer.model).save(folder, end=ends[0])
     writer.tokenizer.save(folder / writer.tokenizer.file_name)
     if knows_roles(writer.tokenizer):
         keep_template(folder)
