@@ -409,7 +409,8 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
             + dry_run.in_words(dry_run.forecast(config, corpus), config)
         )
         return
-    saved = run is not None and run.checkpoints()  # then the base need not be there any more
+    # A run that has saved all its weights needs its base no more.
+    saved = run is not None and run.checkpoints() and config.adapter.kind == "none"
     # before the folder: what cannot be leaves nothing
     training = begin(replace(config, base="") if saved else config, corpus, world)
     training.config = config
