@@ -45,12 +45,13 @@ import judge
 import preferences
 import questions
 import tasks
+from adapters import adapt, first_ids
 from chat import END, keep_template, knows_roles
 from examine import Examine, Result, examined, writer_of
 from improve import Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop
 from instruct import Lessons
 from judge import problems
-from lora import Adapter, adapt, flags, plain
+from lora import Adapter, flags, plain
 from mesh import Group, join
 from parallel_training import lead, one_voice, shared
 from questions import ByModel, prompt_ids, question
@@ -181,7 +182,8 @@ def better(config: Improve) -> None:
         writer = writer_of(tuned, "", config.device)
         if config.adapter.kind != "none":
             writer = writer._replace(model=plain(writer.model))
-            adapt(writer.model, config.adapter, config.seed)
+            adapt(writer.model, config.adapter, config.seed,
+                  ids=first_ids(config.adapter, writer.tokenizer, config.seed))  # fmt: skip
         if isinstance(config, Dpo) and not config.preferences:
             path = lead(world, lambda: judge.simulated(config))
             config = replace(config, preferences=path)

@@ -178,6 +178,7 @@ class Attention(nn.Module):
         self.output = Linear(config.heads * D, C, config.bias)
         relative = config.position == "relative" and not cross
         self.relative = Shaw(config.reach, D) if relative else None
+        self.prefix: nn.Module | None = None  # for adapters: what all texts see first
         self.qk_norm = config.qk_norm
 
     def heads(self, linear: Linear, x: Tensor) -> Tensor:
@@ -205,6 +206,8 @@ class Attention(nn.Module):
         new = KeyValue(k, v)
         if past is not None:
             k, v = past.append(k, v)
+        if self.prefix is not None:
+            k, v = self.prefix.before(k, v)
         return self.look(q, k, v, mask), new
 
     def look_at(self, x: Tensor, memory: KeyValue, mask: Mask) -> Tensor:

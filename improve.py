@@ -37,9 +37,10 @@ from tqdm import tqdm
 
 import gauge
 import tasks
+from adapters import frozen_mark
 from gauge import measured
 from heads import ScalarHead
-from lora import Adapter, frozen_mark
+from lora import Adapter
 from mesh import Group
 from model import Transformer
 from optim import OptimConfig, build, learning_rate, learnt

@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 import preferences
 import tasks
+from adapters import adapt, first_ids
 from chat import END, Turn, Turns, knows_roles
 from examine import writer_of
 from improve import Dpo
-from lora import Adapter, adapt, plain
+from lora import Adapter, plain
 from optim import OptimConfig
 from preferences import Ranking, Rating, label, ranked, rated, usable
 from questions import Asked, prompt_ids, question
@@ -286,7 +287,8 @@ def reward(config: Reward) -> None:
     found = usable(Path(path), config.strict, config.lowest, config.highest)
     parts = material(config, writer, found)
     model = plain(writer.model)
-    adapt(model, config.adapter, config.seed)
+    adapt(model, config.adapter, config.seed,
+          ids=first_ids(config.adapter, writer.tokenizer, config.seed))  # fmt: skip
     model.config = replace(model.config, arch=config.arch)
     mine = RewardModel(model, config.seed).to(model.embedding.device)
     texts = texts_of(parts.train[:500], model.embedding.device)

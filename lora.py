@@ -8,7 +8,7 @@ and train only A and B: at the start nothing has changed, the optimizer has litt
 tuned model is a file of some kilobytes beside its base. When it is to be fast, W + (α/r) B A is one
 matrix again. Several such adapters can stand on one base, and be switched or added up.
 
-    adapt(model, settings)          put adapters on the linears that settings name, freeze the rest
+    add_lora(model, settings)       put adapters on the linears that settings name
     use(model, {"a": 1, "b": 0.5})  which adapters count, and how much
     merge(model), unmerge(model)    compute with W + Δ; the bits of W stay aside and come back
     plain(model)                    the model without adapters, whose matrices are the merged ones
@@ -24,7 +24,6 @@ Letters: R rank · C model width · V vocabulary.
 """
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -46,18 +45,28 @@ from run import UserError, generator
 class Adapter:
     """What is trained: all weights, or a few new ones beside frozen ones."""
 
-    kind: Literal["none", "lora"] = "none"  # none: all weights are trained
-    rank: int = 8  # of what is added to a matrix
+    kind: Literal["none", "lora", "prefix", "prompt"] = "none"  # none: all weights are trained
+    rank: int = 8  # lora: of what is added to a matrix
     alpha: float = 16.0  # what is added counts alpha / rank
     root: bool = False  # alpha / √rank instead (rsLoRA)
     on: tuple[str, ...] = ("query", "value")  # matrices: ends of their names, or patterns with *
     dropout: float = 0.0  # share of its input that training forgets
+    tokens: int = 16  # prefix, prompt: how many stand before every text
+    start: Literal["vocabulary", "text", "random"] = "vocabulary"  # of what they are made at first
+    text: str = ""  # start text: what they say then, repeated or cut
+    hidden: int = 0  # prefix: width of the MLP that it is trained through; 0: none
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
             raise UserError("--adapter.rank must be at least 1, and --adapter.alpha above 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--adapter.dropout {self.dropout} must be from 0 to below 1")
+        if self.tokens < 1 or self.hidden < 0:
+            raise UserError("--adapter.tokens must be at least 1, --adapter.hidden at least 0")
+        if self.kind == "prompt" and self.hidden:
+            raise UserError("--adapter.kind prompt has no MLP: leave --adapter.hidden out")
+        if (self.start == "text") != bool(self.text):
+            raise UserError("--adapter.start text needs an --adapter.text, and only that one")
 
     @property
     def scale(self) -> float:
@@ -72,7 +81,7 @@ def flags(how: Adapter) -> list[str]:
     if how == NONE:
         return []
     words = ["--adapter.on", *how.on] + ["--adapter.root"] * how.root
-    for name in ("kind", "rank", "alpha", "dropout"):
+    for name in ("kind", "rank", "alpha", "dropout", "tokens", "start", "text", "hidden"):
         words += [f"--adapter.{name}", str(getattr(how, name))]
     return words
 
@@ -196,16 +205,12 @@ def exchange(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(above), last, new)
 
 
-def adapt(model: Transformer, how: Adapter, seed: int = 0, name: str = "default") -> None:
-    """Put an adapter on the linears that `how` names, and freeze all that is no adapter.
+def add_lora(model: Transformer, how: Adapter, seed: int = 0, name: str = "default") -> None:
+    """Put an adapter on the linears that `how` names.
 
     At the start it changes no bit: A is uniform in ±1/√in, as PEFT and loralib draw it, and B zero.
     It counts at once, beside those that are there already. UserError if its name is taken.
     """
-    if how.kind == "none":
-        return
-    for p in model.parameters():
-        p.requires_grad_(False)
     for linear in chosen(model, how.on):
         old = model.get_submodule(linear)
         if not isinstance(old, LoraLinear):
@@ -238,20 +243,6 @@ def adapted(model: nn.Module) -> dict[str, LoraLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
-def frozen_mark(model: nn.Module) -> str:
-    """A hash of all frozen weights, by which an adapter knows its base; "" if there are none.
-
-    Adapters are not part of it, frozen or not.
-    """
-    sum = hashlib.blake2b(digest_size=16)
-    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    for name, p in frozen.items():
-        if ".adapters." not in name:
-            bits = p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            sum.update(f"{name.replace('.base.', '.')} {tuple(p.shape)} ".encode() + bits)
-    return sum.hexdigest() if frozen else ""
-
-
 def use(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Let these adapters count, each so much, and no others; {} is the base.
 
@@ -282,8 +273,11 @@ def unmerge(model: nn.Module) -> None:
 def plain(model: Transformer) -> Transformer:
     """The same function without adapters: a model of its own, every weight of which can be trained.
 
-    A model that has none is given back as it is.
+    A model that has none is given back as it is. UserError for one with a prefix or a prompt, which
+    no weights can stand for.
     """
+    if model.before is not None:
+        raise UserError("a prefix or a prompt cannot become part of the weights beside it")
     if not (found := adapted(model)):
         return model
     model = copy.deepcopy(model)

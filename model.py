@@ -357,7 +357,9 @@ class Stack(nn.Module):
         self.embed_norm = norm(config.dim, config.norm_eps, True) if config.embed_norm else None
         last = config.order == "pre"
         self.norm = norm(config.dim, config.norm_eps, config.bias) if last else None
-        self.told: list[Tensor] | None = None  # for adapters: what dropout is drawn from, and where
+        # For adapters: what stands before every text, and what dropout is drawn from, and where.
+        self.before: nn.Module | None = None
+        self.told: list[Tensor] | None = None
 
     def through(
         self, x: Tensor, positions: Tensor, mask: Mask, *rest: object, draws: Tensor | None = None
@@ -368,6 +370,8 @@ class Stack(nn.Module):
 
     def enter(self, x: Tensor, positions: Tensor) -> Tensor:
         """Embeddings x (B T C) to what the first block reads."""
+        if self.before is not None:
+            x, positions = self.before.enter(self, x, positions)
         x = self.position.embed(x, positions)
         return x if self.embed_norm is None else self.embed_norm(x)
 
@@ -380,8 +384,11 @@ class Stack(nn.Module):
         T = positions.shape[1]
         at, S = past[0].places(T) if past else (torch.arange(T, device=x.device), T)
         mask = ATTENTIONS[self.config.attention].narrow(replace(mask, at=at[None]), S, self.config)
-        mask = self.position.scored(mask, S)
-        rotation = self.position.rotation(positions)
+        if self.before is None:
+            mask, rotation = self.position.scored(mask, S), self.position.rotation(positions)
+        else:
+            mask, rotation = self.before.seen(self.position, positions, mask, S, x.dtype)
+            cross_mask = self.before.crossed(cross_mask)
         drop, new = self.drop(draws, at), []
         if self.told is not None:
             self.told[:] = [] if draws is None else [draws, at]
@@ -398,6 +405,7 @@ class Stack(nn.Module):
 
     def leave(self, x: Tensor) -> Tensor:
         """What the last block wrote, to hidden states."""
+        x = x if self.before is None else self.before.leave(x)
         return x if self.norm is None else self.norm(x)
 
 

@@ -35,12 +35,13 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from adapters import adapt, in_block
 from certificate import Certificate, certify
 from data_parallel import Buckets
 from dropout import Drop
 from kernels.cross_entropy import IGNORE, cross_entropy
 from kernels.mask import Mask
-from lora import NONE, Adapter, adapt
+from lora import NONE, Adapter
 from mesh import Group, Mesh, Plan, tree
 from model import ModelConfig, Transformer, drawn, preset_in
 from objectives import Batch
@@ -186,7 +187,7 @@ class Part(Transformer):
         if self.cut.sequence:
             yield [p for p in whole if not p.place.name.endswith("relative.table")], self.cut.group
         elif self.cut.parts > 1:
-            yield [p for p in whole if ".adapters." in p.place.name], self.cut.group
+            yield [p for p in whole if in_block(p.place.name)], self.cut.group
 
     # --- the forward pass
 
@@ -240,6 +241,11 @@ def check(config: ModelConfig, plan: Plan, adapter: Adapter = NONE) -> None:
     """UserError for a plan under which this model cannot run."""
     if plan.exact and adapter.kind != "none":
         raise UserError("--plan.exact is for all weights, not for adapters: leave one of them out")
+    if adapter.kind == "prompt" and (plan.pipeline > 1 or plan.sequence or plan.zero == 3):
+        raise UserError(
+            "--adapter.kind prompt does not go with --plan.pipeline, --plan.sequence or --plan.zero "
+            "3: its rows pass through all blocks before a text does"
+        )
     heads, tensor = config.kv_heads_or_heads, plan.tensor
     if heads % tensor:
         near = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -33,8 +33,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import optim
+from adapters import adapt, frozen_mark
 from data import Corpus
-from lora import adapt, frozen_mark
 from mesh import Group, Mesh, Plan, end_the_stopped, first_to_say, lost
 from model import Transformer
 from objectives import Batch

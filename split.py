@@ -175,7 +175,7 @@ class SplitAttention(nn.Module):
     def __init__(self, whole: Attention, cut: Cut):
         super().__init__()
         self.cut = cut
-        self.parts = pieces(whole, cut, ("query", "key", "value"), "output")
+        self.parts = pieces(whole, cut, ("query", "key", "value", "prefix"), "output")
         self.bias = whole.output.bias
         self.table = None
         if whole.relative is not None:  # one table for the heads of all parts
@@ -188,7 +188,7 @@ class SplitAttention(nn.Module):
         """The mask of each part: slopes and bias are those of its heads."""
         n = len(self.parts)
         slopes, bias = (
-            [None] * n if x is None or n == 1 else x.chunk(n, dim)
+            [x] * n if x is None or x.shape[dim] == 1 else x.chunk(n, dim)
             for x, dim in ((mask.slopes, 0), (mask.bias, 1))
         )
         for s, b in zip(slopes, bias, strict=True):

@@ -34,11 +34,11 @@ import tyro
 from tqdm import tqdm
 
 import dry_run
+from adapters import adapt
 from chat import keep_template, knows_roles, with_roles
 from clean import Step
 from data import CUT, Corpus, prepare
 from guard import failing
-from lora import adapt
 from mesh import Group, Plan, join
 from model import ModelConfig, Transformer, preset_in
 from objectives import objective_for
@@ -191,7 +191,8 @@ def moving(training: Training) -> str:
         model = Transformer(training.config.model, None)
         adapt(model, how)
     many = sum(p.numel() for p in learnt(model).values())
-    return f"; {how.kind} of rank {how.rank} on {' '.join(how.on)}: {many:,} are trained"
+    what = f"of rank {how.rank} on {' '.join(how.on)}" if how.kind == "lora" else f"of {how.tokens}"
+    return f"; {how.kind} {what}: {many:,} are trained"
 
 
 def left_out(steps: list[dict]) -> str:

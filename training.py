@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import torch
 
+from adapters import frozen_mark
 from data import Corpus, DataConfig, TokenizerConfig
 from dropout import drawn_from
 from generate import Sampling, generate
 from guard import AGAIN, LEAST, GuardConfig, Made, Skip, spike
 from kernels.cross_entropy import IGNORE
-from lora import Adapter, frozen_mark, plain
+from lora import Adapter, plain
 from mesh import Plan
 from model import ModelConfig, Transformer
 from objectives import OBJECTIVES, ROLES, Batch, Rows, objective_for, vocabulary_for
@@ -108,6 +109,10 @@ class Train:
             raise UserError(
                 "--adapter.dropout, --recompute and --plan.pipeline do not go together: what was "
                 "dropped would be drawn again for another micro-batch; leave one of them out"
+            )
+        if self.adapter.kind == "prompt" and self.recompute != "none":
+            raise UserError(
+                "--adapter.kind prompt and --recompute do not go together: leave one out"
             )
         if not 0 <= self.watch_every <= MOST:
             raise UserError(f"--watch-every {self.watch_every} must be from 0 to {MOST:,}")

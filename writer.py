@@ -19,10 +19,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from adapters import adapt, first_ids, frozen_mark
 from chat import END as END_OF_TURN
 from chat import keep_template, knows_roles
 from heads import load_heads
-from lora import Adapter, adapt, frozen_mark, plain
+from lora import Adapter, plain
 from model import NORMS, ModelConfig, Transformer, assembled, fill
 from model_files import Weights, special_ids
 from run import Run, UserError, main, read_json, settings
@@ -79,12 +80,13 @@ def first_model(config: ModelConfig, base: str, how: Adapter, seed: int) -> Tran
 
     Rows of the embedding that the base lacks, for new special tokens, are drawn anew.
     """
-    model = Transformer(config, seed)
+    model, ids = Transformer(config, seed), []
     if base:
-        found = model.state_dict()
-        for name, x in plain(base_of(base).model).state_dict().items():
+        writer, found = base_of(base), model.state_dict()
+        for name, x in plain(writer.model).state_dict().items():
             found[name][tuple(slice(n) for n in x.shape)] = x
-    adapt(model, how, seed)
+        ids = first_ids(how, writer.tokenizer, seed)
+    adapt(model, how, seed, ids=ids)
     return model
 
 

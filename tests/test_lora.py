@@ -9,8 +9,9 @@ from helpers import assert_close, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters import adapt, frozen_mark
 from certificate import LAWS, MODEL, OPTIM, Alone, batches_of, differences, together
-from lora import Adapter, adapt, adapted, frozen_mark, merge, plain, unmerge, use
+from lora import Adapter, adapted, merge, plain, unmerge, use
 from mesh import Plan
 from model import PRESETS, ModelConfig, Transformer
 from objectives import Batch
