@@ -3,7 +3,7 @@
     adapt(model, settings)     LoRA, a prefix or a prompt on a model, all else frozen
     frozen_mark(model)         what it stands beside: a hash
 
-Run: python -m pytest tests/test_adapters.py
+Run: python -m pytest tests/test_prefix.py tests/test_lora.py
 """
 
 import hashlib
@@ -38,12 +38,16 @@ def adapt(
     """
     if how.kind == "none":
         return
-    for p in model.parameters():
-        p.requires_grad_(False)
+    freeze(model)
     if how.kind == "lora":
         add_lora(model, how, seed, name)
     else:
         {"prefix": add_prefix, "prompt": add_prompt}[how.kind](model, how, seed, ids)
+
+
+def freeze(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.requires_grad_(False)
 
 
 def first_ids(how: Adapter, tokenizer: Tokenizer, seed: int) -> list[int]:

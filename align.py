@@ -47,7 +47,7 @@ import questions
 import tasks
 from adapters import adapt, first_ids
 from chat import END, keep_template, knows_roles
-from examine import Examine, Result, examined, writer_of
+from examine import Examine, Result, examined
 from improve import Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop
 from instruct import Lessons
 from judge import problems
@@ -68,7 +68,7 @@ from run import (
 )
 from stages import base_run, choose, free, lessons_file, start, tuned_run
 from training import stored
-from writer import Writer
+from writer import Writer, writer_of
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ import preferences
 import tasks
 from adapters import adapt, first_ids
 from chat import END, Turn, Turns, knows_roles
-from examine import writer_of
 from improve import Dpo
 from lora import Adapter, plain
 from optim import OptimConfig
@@ -55,7 +54,7 @@ from rollout import sample
 from run import Run, UserError, check_free, generator, table, write_json
 from stages import free, start, tuned_run
 from tasks import RATERS, Problem, Rater
-from writer import Writer
+from writer import Writer, writer_of
 
 # --- answers --------------------------------------------------------------------------------------
 
@@ -220,6 +219,8 @@ class Reward:
             raise UserError(
                 "--count, --epochs and --batch must be at least 1, and --held between 0 and 1"
             )
+        if self.adapter.kind in ("prefix", "prompt"):
+            raise UserError("a reward model is kept whole: --adapter.kind must be lora or none")
         if not self.lr > 0 or not self.lowest < self.highest:
             raise UserError("--lr must be above 0, and --lowest below --highest")
 

@@ -212,19 +212,25 @@ def add_lora(model: Transformer, how: Adapter, seed: int = 0, name: str = "defau
     It counts at once, beside those that are there already. UserError if its name is taken.
     """
     for linear in chosen(model, how.on):
-        old = model.get_submodule(linear)
-        if not isinstance(old, LoraLinear):
-            old = LoraLinear(old, PLACE + len(adapted(model)))
-            old.told = told_by(model, linear)
-            exchange(model, linear, old)
-        if name in old.adapters:
-            raise UserError(f"there is an adapter {name!r} already: give another name")
-        new = LowRank(old.shape, how.rank, how.scale, how.dropout)
+        shape = model.get_submodule(linear).shape
+        new = LowRank(shape, how.rank, how.scale, how.dropout)
         draw = generator(seed, f"init/{linear}.{name}")
-        bound = old.shape[1] ** -0.5
+        bound = shape[1] ** -0.5
         new.A.data.copy_(torch.rand(new.A.shape, generator=draw) * 2 * bound - bound)
-        old.adapters[name] = new.to(next(iter(model.parameters())))
-        old.weights = {**old.weights, name: 1.0}
+        put(model, linear, name, new)
+
+
+def put(model: Transformer, linear: str, name: str, new: LowRank) -> None:
+    """Let a linear have an adapter of this name, too; UserError if the name is taken."""
+    old = model.get_submodule(linear)
+    if not isinstance(old, LoraLinear):
+        old = LoraLinear(old, PLACE + len(adapted(model)))
+        old.told = told_by(model, linear)
+        exchange(model, linear, old)
+    if name in old.adapters:
+        raise UserError(f"there is an adapter {name!r} already: give another name")
+    old.adapters[name] = new.to(next(iter(model.parameters())))
+    old.weights = {**old.weights, name: 1.0}
 
 
 def told_by(model: Transformer, linear: str) -> list[Tensor]:

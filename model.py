@@ -318,15 +318,10 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = norm(), FeedForward(config)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Mask,
-        rotation: Rotation | None = None,
-        past: KeyValue | None = None,
-        memory: KeyValue | None = None,
-        cross_mask: Mask | None = None,
-        drop: Drop | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+        self, x: Tensor, mask: Mask, rotation: Rotation | None = None,
+        past: KeyValue | None = None, memory: KeyValue | None = None,
+        cross_mask: Mask | None = None, drop: Drop | None = None,
+    ) -> tuple[Tensor, KeyValue]:  # fmt: skip
         """x (B T C) to x (B T C), and this block's new keys and values."""
         new = []
 
@@ -464,13 +459,9 @@ class Transformer(Stack):
         return x.to(dtype or self.embedding.dtype)
 
     def encode(
-        self,
-        ids: Tensor,
-        mask: Mask | None = None,
-        positions: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        draws: Tensor | None = None,
-    ) -> list[KeyValue]:
+        self, ids: Tensor, mask: Mask | None = None, positions: Tensor | None = None,
+        dtype: torch.dtype | None = None, draws: Tensor | None = None,
+    ) -> list[KeyValue]:  # fmt: skip
         """Of an encdec: what each layer of the decoder looks at, made of the source ids (B S).
 
         The mask defaults to all, positions to 0 … S−1.

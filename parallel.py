@@ -243,8 +243,8 @@ def check(config: ModelConfig, plan: Plan, adapter: Adapter = NONE) -> None:
         raise UserError("--plan.exact is for all weights, not for adapters: leave one of them out")
     if adapter.kind == "prompt" and (plan.pipeline > 1 or plan.sequence or plan.zero == 3):
         raise UserError(
-            "--adapter.kind prompt does not go with --plan.pipeline, --plan.sequence or --plan.zero "
-            "3: its rows pass through all blocks before a text does"
+            "--adapter.kind prompt does not go with --plan.pipeline, --plan.sequence or --plan.zero"
+            " 3: its rows pass through all blocks before a text does"
         )
     heads, tensor = config.kv_heads_or_heads, plan.tensor
     if heads % tensor:

@@ -3,7 +3,8 @@
 Idea: whoever asks a model must know how a text begins for it and what ends one, which tokens stand
 for nothing, and that weights, settings and tokenizer belong together.
 
-Run: python writer.py --run base --out folder       the run as such a folder
+Run: python writer.py --run base --out folder       the run as such a folder; --adapter: of a run
+                                                    with an adapter only that
 
 What it writes other programs read: `transformers`, or EleutherAI's harness by
 `lm_eval --model hf --model_args pretrained=folder,add_bos_token=True --tasks arc_easy`.
@@ -26,7 +27,9 @@ from heads import load_heads
 from lora import Adapter, plain
 from model import NORMS, ModelConfig, Transformer, assembled, fill
 from model_files import Weights, special_ids
+from peft_files import load_adapter, save_adapter
 from run import Run, UserError, main, read_json, settings
+from step import pick_device
 from tokenizer import load as read_tokenizer
 from vocabulary import END_OF_TEXT, Tokenizer
 
@@ -157,6 +160,16 @@ def load_folder(folder: Path, device: torch.device) -> Writer:
     return Writer(model, tokenizer, next(around), set(), next(around), head=head)
 
 
+def writer_of(run: str, model: str, device: torch.device | str, adapter: str = "") -> Writer:
+    """A run, or the folder of a model, and the folder of an adapter beside it."""
+    where = pick_device(device) if isinstance(device, str) else device
+    writer = load_folder(Path(model), where) if model else load(Run.open(run), where)
+    if adapter:
+        load_adapter(writer.model, Path(adapter))
+        writer.model.to(where)
+    return writer
+
+
 def cast(model: Transformer, dtype: torch.dtype) -> None:
     """Matrices and biases in dtype, once instead of for every token; norms stay in fp32."""
     for module in model.modules():
@@ -179,12 +192,17 @@ class Export:
 
     run: str = ""  # a run's name or folder; empty: the newest
     out: str = "exported"  # a new folder
+    adapter: bool = False  # what was trained beside its base, alone, as PEFT has it
 
 
 def script() -> None:
     config = tyro.cli(Export, description=Export.__doc__)
     run, folder = Run.open(config.run), Path(config.out)
     writer = load(run, torch.device("cpu"))
+    if config.adapter:
+        save_adapter(writer.model, folder, run.config().get("base", ""))
+        print(f"{folder}/ is the adapter of {run.folder}, for PeftModel.from_pretrained")
+        return
     ends = sorted(writer.stop - {writer.tokenizer.end_of_text}) or [writer.tokenizer.end_of_text]
     plain(writer.model).save(folder, end=ends[0])
     writer.tokenizer.save(folder / writer.tokenizer.file_name)

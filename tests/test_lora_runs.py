@@ -10,8 +10,9 @@ from test_align import TINY, folder, made, tune  # noqa: F401
 from test_train import end_of, run
 
 import writer
-from lora import adapted, plain
+from lora import NONE, adapted, plain
 from optim import learnt
+from peft_files import load_adapter
 from run import RUNS, Run
 
 LORA = ["--adapter.kind", "lora", "--adapter.rank", "2", "--adapter.dropout", "0.1"]
@@ -47,6 +48,52 @@ def test_a_run_keeps_its_adapter_alone_and_goes_on_with_it(folder):  # noqa: F81
         own = known.get(name, known.get(name.replace(".weight", ".base.weight")))
         assert torch.equal(own[: len(x)], x), name
     assert not torch.allclose(said(mine.model)[..., :250], said(base.model)[..., :250])
+
+
+ROWS = {
+    "prefix": ["--adapter.kind", "prefix", "--adapter.tokens", "3", "--adapter.hidden", "4"],
+    "prompt": ["--adapter.kind", "prompt", "--adapter.tokens", "3", "--adapter.start", "text",
+               "--adapter.text", "Why is it so?"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(ROWS))
+def test_so_does_one_with_a_prefix_or_a_prompt(folder, kind):  # noqa: F811
+    status, out, err = tune("--name", "whole", "--steps", "6", *ROWS[kind])
+    assert status == 0, err
+    assert f"{kind} of 3: " in out
+    assert tune("--name", "part", "--steps", "6", *ROWS[kind])[0] == 0
+    shutil.rmtree(RUNS / "part" / "checkpoints" / "step-000006")
+    status, _, err = run("train.py", "--resume", "--name", "part")
+    assert status == 0, err
+    kept, again = (end_of(n)[1]["model"] for n in ("whole", "part"))
+    assert kept.keys() == again.keys() and all(torch.equal(x, again[n]) for n, x in kept.items())
+    assert all("prefix." in n or "before." in n for n in kept) and kept
+    assert run("generate.py", "--run", "whole", "--tokens", "5")[0] == 0
+    command = ["align.py", "ppo", "--run", "whole", "--name", "better", *IMPROVE]
+    status, _, err = run(*command)
+    assert status == 0, err
+    better = end_of("better")[1]["model"]
+    assert better.keys() == kept.keys()
+    assert not all(torch.equal(x, kept[n]) for n, x in better.items())
+    status, _, err = run("writer.py", "--run", "whole", "--out", "merged")
+    assert status == 2 and "cannot become part of the weights" in err
+    assert run("writer.py", "--run", "whole", "--adapter", "--out", "folder")[0] == 0
+    assert run("writer.py", "--run", "base", "--out", "their base")[0] == 0
+
+
+def test_an_adapter_s_folder_goes_beside_its_base(folder):  # noqa: F811
+    assert tune("--name", "mine", "--steps", "3", *LORA)[0] == 0
+    assert run("writer.py", "--run", "mine", "--adapter", "--out", "folder")[0] == 0
+    mine = loaded("mine").model
+    with torch.device("cpu"):
+        model = writer.first_model(mine.config, "base", NONE, 0)
+    load_adapter(model, Path("folder"))
+    assert torch.allclose(said(model), said(mine), atol=1e-6)
+    status, _, err = run("generate.py", "--run", "base", "--adapter", "folder", "--tokens", "5")
+    assert status in (0, 2) and ("other weights" in err) == bool(status)
+    status, _, err = run("generate.py", "--run", "base", "--adapter", "nowhere")
+    assert status == 2 and err.count("\n") == 1
 
 
 def test_an_adapter_is_refused_on_another_base(folder):  # noqa: F811
