@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lora import Adapter, add_lora
+from lora import Adapter, add_lora, plain_name
 from model import Transformer
 from prefix import add_prefix, add_prompt
 from run import generator
@@ -72,8 +72,8 @@ def frozen_mark(model: nn.Module) -> str:
     """
     sum = hashlib.blake2b(digest_size=16)
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    for name, p in frozen.items():
-        if not of_adapter(name):
-            bits = p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            sum.update(f"{name.replace('.base.', '.')} {tuple(p.shape)} ".encode() + bits)
+    base = {plain_name(n): p for n, p in frozen.items() if not of_adapter(n)}
+    for name, p in sorted(base.items()):
+        bits = p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        sum.update(f"{name} {tuple(p.shape)} ".encode() + bits)
     return sum.hexdigest() if frozen else ""

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.utils.parametrize import register_parametrization
 
 from dropout import dropped
 from model import Transformer
@@ -154,11 +155,7 @@ class LoraLinear(nn.Module):
         return dropped(share, draws, self.place, at, x.shape[-1], first)
 
     def dense(self) -> Tensor:
-        """W + Σ w s B A, added in fp32 or wider."""
-        W = self.base.dense()
-        wide = torch.promote_types(W.dtype, torch.float32)
-        delta = sum(w * self.adapters[name].delta() for name, w in self.weights.items())
-        return (W.to(wide) + delta).to(W.dtype)
+        return changed(self.base.dense(), self)
 
     def split(self, dim: int, share: Callable[[Parameter, int], Parameter]) -> "LoraLinear":
         part = copy.copy(self)
@@ -169,8 +166,32 @@ class LoraLinear(nn.Module):
         return part
 
 
+class LoraMatrix(nn.Module):
+    """W ↦ W + Σ w s B A, for a matrix that is no linear's: the embedding, an untied head.
+
+    It is made anew for each use, and its input, which is token ids, has nothing to forget.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        self.merged: Tensor | None = None
+
+    def forward(self, W: Tensor) -> Tensor:
+        return changed(W, self) if self.merged is None else self.merged
+
+
+def changed(W: Tensor, by: LoraLinear | LoraMatrix) -> Tensor:
+    """W + Σ w s B A, added in fp32 or wider."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    delta = sum(w * by.adapters[name].delta() for name, w in by.weights.items())
+    return (W.to(wide) + delta).to(W.dtype)
+
+
 # --- a model --------------------------------------------------------------------------------------
 
+TABLES = ("embedding", "head")  # matrices of a model that no linear has
 PLACE = 1 << 20  # places of dropout from here on are those of adapters; blocks have those below
 
 
@@ -186,13 +207,14 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def chosen(model: nn.Module, on: Iterable[str]) -> list[str]:
     """The linears whose names end with a word of `on`, or fit its pattern; UserError if none."""
-    names, found = list(linears(model)), set()
+    tables = [n for n in TABLES if getattr(model, n) is not None]
+    names, found = [*tables, *linears(model)], set()
     for word in on:
         fits = [n for n in names if n == word or n.endswith(f".{word}") or fnmatchcase(n, word)]
         if not fits:
             known = sorted({n.split(".")[-1] for n in names})
             raise UserError(
-                f"--adapter.on {word!r} names no linear of the model: choose among "
+                f"--adapter.on {word!r} names no matrix of the model: choose among "
                 f"{', '.join(known)}, or give a pattern such as 'layers.0.*'"
             )
         found |= set(fits)
@@ -212,7 +234,7 @@ def add_lora(model: Transformer, how: Adapter, seed: int = 0, name: str = "defau
     It counts at once, beside those that are there already. UserError if its name is taken.
     """
     for linear in chosen(model, how.on):
-        shape = model.get_submodule(linear).shape
+        shape = shape_of(model, linear)
         new = LowRank(shape, how.rank, how.scale, how.dropout)
         draw = generator(seed, f"init/{linear}.{name}")
         bound = shape[1] ** -0.5
@@ -220,11 +242,20 @@ def add_lora(model: Transformer, how: Adapter, seed: int = 0, name: str = "defau
         put(model, linear, name, new)
 
 
+def shape_of(model: Transformer, name: str) -> tuple[int, int]:
+    """(out in) of a linear, (V C) of a table."""
+    above, _, last = name.rpartition(".")
+    return tuple(getattr(model.get_submodule(above), last).shape)
+
+
 def put(model: Transformer, linear: str, name: str, new: LowRank) -> None:
     """Let a linear have an adapter of this name, too; UserError if the name is taken."""
-    old = model.get_submodule(linear)
-    if not isinstance(old, LoraLinear):
-        old = LoraLinear(old, PLACE + len(adapted(model)))
+    old = adapted(model).get(linear)
+    if old is None and linear in TABLES:
+        old = LoraMatrix()
+        register_parametrization(model, linear, old, unsafe=True)  # a sum over no adapters yet
+    elif old is None:
+        old = LoraLinear(model.get_submodule(linear), PLACE + len(adapted(model)))
         old.told = told_by(model, linear)
         exchange(model, linear, old)
     if name in old.adapters:
@@ -244,9 +275,16 @@ def told_by(model: Transformer, linear: str) -> list[Tensor]:
     return stack.told
 
 
-def adapted(model: nn.Module) -> dict[str, LoraLinear]:
-    """The linears that have adapters, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+def adapted(model: nn.Module) -> dict[str, LoraLinear | LoraMatrix]:
+    """What has adapters, by its name in the plain model."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear | LoraMatrix)}
+    return {plain_name(n): m for n, m in found.items()}
+
+
+def plain_name(name: str) -> str:
+    """What a weight or module is called where there are no adapters."""
+    name = name.removesuffix(".original").removesuffix(".0").removeprefix("parametrizations.")
+    return name.replace(".base.", ".")
 
 
 def use(model: nn.Module, weights: Mapping[str, float]) -> None:
@@ -265,8 +303,8 @@ def use(model: nn.Module, weights: Mapping[str, float]) -> None:
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Compute with one matrix instead of three; what the adapters say now is taken."""
-    for linear in adapted(model).values():
-        linear.merged = linear.dense()
+    for name, one in adapted(model).items():
+        one.merged = one.dense() if isinstance(one, LoraLinear) else getattr(model, name)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -287,7 +325,13 @@ def plain(model: Transformer) -> Transformer:
     if not (found := adapted(model)):
         return model
     model = copy.deepcopy(model)
-    for name in found:
+    tables = {name: Parameter(getattr(model, name).detach()) for name in found if name in TABLES}
+    if tables:  # torch's own way back would change the class, which the copy shares
+        del model.parametrizations
+        model.__class__ = type(model).__mro__[1]
+        for name, W in tables.items():
+            setattr(model, name, W)
+    for name in found.keys() - tables.keys():
         linear = model.get_submodule(name)
         exchange(model, name, linear.base.like(linear.dense()))
     for p in model.parameters():

@@ -41,7 +41,7 @@ from data_parallel import Buckets
 from dropout import Drop
 from kernels.cross_entropy import IGNORE, cross_entropy
 from kernels.mask import Mask
-from lora import NONE, Adapter
+from lora import NONE, TABLES, Adapter, adapted
 from mesh import Group, Mesh, Plan, tree
 from model import ModelConfig, Transformer, drawn, preset_in
 from objectives import Batch
@@ -70,6 +70,8 @@ class Part(Transformer):
         super().__init__(config, seed=None)
         check(config, plan, adapter)
         adapt(self, adapter)
+        if adapted(self).keys() & set(TABLES):
+            raise UserError("adapters on embedding or head are for one process, not for a --plan")
         self.mesh, self.exact = mesh, plan.exact
         self.in_flight = 0  # the most micro-batches that were kept at once for their backward pass
         parts = virtual(config) if plan.exact else plan.tensor

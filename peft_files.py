@@ -28,7 +28,8 @@ from torch.nn import Parameter
 
 from adapters import freeze, frozen_mark
 from attention import KeyValue
-from lora import Adapter, LowRank, adapted, linears, put
+from families import BARE
+from lora import TABLES, Adapter, LowRank, adapted, linears, put, shape_of
 from model import Transformer
 from model_files import cut, joined, new_folder, opened, read_small, write_settings
 from prefix import Inside, Prefix, Prompt, add_prefix, add_prompt, attentions, settle
@@ -47,9 +48,15 @@ class Theirs(NamedTuple):
     groups: int
     in_out: bool  # whether it lies transposed
 
-    def tensors(self, matrix: str) -> list[str]:
-        """What lora_A or lora_B may be called: as in a model with heads, or in one without."""
-        return [f"base_model.model.{p}{self.module}.{matrix}.weight" for p in (self.prefix, "")]
+    @property
+    def looked_up(self) -> bool:
+        """An embedding's A and B are those of its transposed matrix."""
+        return self.ours == ("embedding",)
+
+    def tensors(self, letter: str) -> list[str]:
+        """What A or B may be called: as in a model with heads, or in one without."""
+        kind = f"lora_embedding_{letter}" if self.looked_up else f"lora_{letter}.weight"
+        return [f"base_model.model.{p}{self.module}.{kind}" for p in (self.prefix, "")]
 
 
 def theirs(model: Transformer) -> Iterator[Theirs]:
@@ -57,13 +64,15 @@ def theirs(model: Transformer) -> Iterator[Theirs]:
     c = model.config
     family, _ = write_settings({**vars(c), "kv_heads": c.kv_heads_or_heads, "ffn_dim": c.ffn_width},
                                None)  # fmt: skip
-    known, groups = linears(model), c.heads if family.by_head else 1
+    tables = TABLES if c.arch == "decoder" and not c.tied else ()
+    known, groups = {*linears(model), *tables}, c.heads if family.by_head else 1
     for name, ours in family.names.items():
-        for n in range(c.layers) if ".N." in name else ():
+        for n in range(c.layers if ".N." in name else 1):
             here = tuple(x.replace(".N.", f".{n}.").removesuffix(".weight") for x in ours)
             if name.endswith(".weight") and all(x in known for x in here):
                 module = name.removesuffix(".weight").replace(".N.", f".{n}.")
-                prefix = "" if c.arch == "encoder" else family.prefix
+                bare = c.arch == "encoder" or name.startswith(BARE)
+                prefix = "" if bare else family.prefix
                 yield Theirs(module, prefix, here, groups, family.transposed)
 
 
@@ -92,6 +101,8 @@ def lora_files(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     PEFT's s is α/r, which our s stays: for rank R in all, α is s R.
     """
     found, ranks, alphas, tensors = adapted(model), {}, {}, {}
+    if found.keys() & set(TABLES) and (model.config.tied or model.config.arch != "decoder"):
+        raise UserError("PEFT adapts one use of an embedding, and this one has two: leave it out")
     for one in theirs(model):
         each = [found[x].adapters if x in found else None for x in one.ours]
         lows = [None if x is None else next(iter(x.values())) for x in each]
@@ -101,15 +112,14 @@ def lora_files(model: Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         A = torch.cat([low.A for low in some])
         rows, at = [], 0
         for name, low in zip(one.ours, lows, strict=True):
-            wide = A.new_zeros(linears(model)[name].shape[0], len(A))
+            wide = A.new_zeros(shape_of(model, name)[0], len(A))
             if low is not None:
                 wide[:, at : at + len(low.A)] = low.B
                 at += len(low.A)
             rows.append(wide)
-        tensors[one.tensors("lora_A")[0]], tensors[one.tensors("lora_B")[0]] = (
-            A,
-            joined(rows, one.groups),
-        )
+        B = joined(rows, one.groups)
+        A, B = (B.T, A.T) if one.looked_up else (A, B)
+        tensors |= {one.tensors("A")[0]: A, one.tensors("B")[0]: B}
         ranks[one.module], alphas[one.module] = len(A), some[0].scale * len(A)
     first = next(iter(ranks))
     values = {"peft_type": "LORA", "r": ranks[first], "lora_alpha": alphas[first],
@@ -186,12 +196,12 @@ def load_lora(
     left = dict(tensors)
     for one in theirs(model):
         A, B = (
-            next((left.pop(n) for n in one.tensors(matrix) if n in left), None)
-            for matrix in ("lora_A", "lora_B")
+            next((left.pop(n) for n in one.tensors(letter) if n in left), None) for letter in "AB"
         )
         if A is None or B is None:
             continue
-        shapes = [linears(model)[x].shape for x in one.ours]
+        A, B = (B.T, A.T) if one.looked_up else (A, B)
+        shapes = [shape_of(model, x) for x in one.ours]
         rows = sum(out for out, _ in shapes)
         if A.dim() != 2 or A.shape[1] != shapes[0][1] or B.shape != (rows, len(A)):
             raise UserError(
@@ -200,9 +210,8 @@ def load_lora(
             )
         alpha = of_module(values, "alpha_pattern", "lora_alpha", one.prefix + one.module, path)
         scale = alpha / (len(A) ** 0.5 if values.get("use_rslora") else len(A))
-        for linear, shape, part in zip(
-            one.ours, shapes, cut(B, len(one.ours), one.groups), strict=True
-        ):
+        parts = cut(B, len(one.ours), one.groups)
+        for linear, shape, part in zip(one.ours, shapes, parts, strict=True):
             low = LowRank(shape, len(A), scale)
             low.A, low.B = Parameter(A.clone()), Parameter(part.contiguous())
             put(model, linear, name, low)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adapters import adapt, frozen_mark
 from certificate import LAWS, MODEL, OPTIM, Alone, batches_of, differences, together
-from lora import Adapter, adapted, merge, plain, unmerge, use
+from lora import Adapter, adapted, merge, plain, plain_name, unmerge, use
 from mesh import Plan
 from model import PRESETS, ModelConfig, Transformer
 from objectives import Batch
@@ -37,7 +37,8 @@ hows = st.builds(
     rank=st.integers(1, 5),
     alpha=st.floats(0.5, 32),
     root=st.booleans(),
-    on=st.lists(st.sampled_from(EVERY[:4] + EVERY[6:] + ("layers.0.*",)), min_size=1, max_size=3)
+    on=st.lists(st.sampled_from(EVERY[:4] + EVERY[6:] + ("layers.0.*", "embedding")), min_size=1,
+                max_size=3)
     .map(tuple),
 )  # fmt: skip
 kinds = st.sampled_from(sorted(ARCHS))
@@ -94,7 +95,8 @@ def test_the_matrix_is_w_plus_what_each_adapter_adds(kind, one, two, seed, weigh
                 scale = how.alpha / (how.rank**0.5 if how.root else how.rank)
                 A, B = linear.adapters[key].A, linear.adapters[key].B
                 assert A.shape[0] == B.shape[1] == how.rank
-                by_hand.get_submodule(name).weight.data += w * scale * B.detach() @ A.detach()
+                W = by_hand.embedding if name == "embedding" else by_hand.get_submodule(name).weight
+                W.data += w * scale * B.detach() @ A.detach()
     right = logits(by_hand)
     assert_close(logits(model), right)
     merge(model)
@@ -144,9 +146,11 @@ def test_adapters_are_switched_and_added_up():
         adapt(model, Adapter("lora"), 0, "a")
 
 
-@pytest.mark.parametrize("word", ["norm", "layers.7.*", "attention", "embedding.x"])
+@pytest.mark.parametrize("word", ["norm", "layers.7.*", "attention", "head"])
 def test_what_is_no_linear_has_no_adapter(word):
-    with pytest.raises(UserError, match="names no linear of the model: choose among down, gate"):
+    with pytest.raises(
+        UserError, match="names no matrix of the model: choose among down, embedding, gate"
+    ):
         adapt(Transformer(SMALL), Adapter("lora", on=(word,)))
 
 
@@ -184,7 +188,8 @@ def test_nothing_but_adapters_moves(kind, how, seed):
     named = dict(model.named_parameters())
     assert set(learnt(model)) == {n for n in named if n.endswith((".A", ".B"))}
     assert all(p.grad is None for n, p in named.items() if n not in learnt(model))
-    assert all(torch.equal(named.get(n, named.get(f"{n[:-7]}.base.weight")), p)
+    named |= {plain_name(n): p for n, p in named.items()}
+    assert all(torch.equal(named[n], p)
                for n, p in before.items() if not n.endswith("bias"))  # fmt: skip
     moved = sum(not p.eq(0).all() for n, p in learnt(model).items() if n.endswith(".B"))
     assert moved == len(adapted(model))
@@ -327,3 +332,29 @@ def test_so_does_an_encoder_decoder(ranks, plan):
 def test_exact_plans_are_for_all_weights():
     with pytest.raises(UserError, match="leave one of them out"):
         check(MODEL, Plan(exact=True), HOW)
+
+
+def test_embedding_and_head_are_for_one_process():
+    with pytest.raises(UserError, match="for one process, not for a --plan"):
+        Part(SMALL, Plan(), None, Adapter("lora", on=("embedding",)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_each_have_their_own(tied):
+    """A tied matrix is one, with one adapter in both of its uses."""
+    model = drawn(replace(SMALL, tied=tied), 0)
+    before, plain_model = logits(model), drawn(replace(SMALL, tied=tied), 0)
+    on = ("embedding",) if tied else ("embedding", "head")
+    adapt(model, Adapter("lora", 2, on=on), 0)
+    assert torch.equal(logits(model), before)
+    assert sum(p.numel() for p in learnt(model).values()) == len(on) * 2 * (19 + 24)
+    for name, one in adapted(model).items():
+        low = one.adapters["default"]
+        low.B.data.normal_(generator=generator(0, name))
+        getattr(plain_model, name).data += low.delta().detach()
+    assert_close(logits(model), logits(plain_model), 1e-12)
+    assert not torch.allclose(logits(model), before)
+    assert_close(logits(plain(model)), logits(plain_model), 1e-12)
+    mark = frozen_mark(model)
+    use(model, {})
+    assert torch.equal(logits(model), before) and frozen_mark(model) == mark

@@ -92,6 +92,29 @@ def test_peft_says_what_we_say_with_our_adapter(peft, tmp_path, kind, how):
     assert counted == sum(x.numel() for x in kept.values())
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of a head beside GPT-2's Conv1D
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_embeddings_and_heads(peft, tmp_path, kind):
+    config = replace(SHAPES[kind], tied=False)
+    ids = random_ids(config, 1, 2, 5)
+
+    def base() -> Transformer:
+        return shaken(Transformer(config), 0)
+
+    model = tuned(base(), Adapter("lora", 2, on=("embedding", "head", "query")), 0)
+    base().save(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    their_base = their_model(tmp_path / "base", kind)
+    theirs = peft.PeftModel.from_pretrained(their_base, tmp_path / "adapter")
+    assert_close(they_say(theirs, ids, kind), ours_says(model, ids), 2e-5)
+    again = base()
+    load_adapter(again, tmp_path / "adapter")
+    assert_close(ours_says(again, ids), ours_says(model, ids), 1e-6)
+    with pytest.raises(UserError, match="PEFT adapts one use of an embedding"):
+        tied = tuned(fresh(kind), Adapter("lora", 2, on=("embedding",)), 0)
+        save_adapter(tied, tmp_path / "tied")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("root", [False, True])
 def test_we_say_what_peft_says_with_its_adapter(peft, tmp_path, kind, root):
