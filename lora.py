@@ -12,6 +12,7 @@ matrix again. Several such adapters can stand on one base, and be switched or ad
     use(model, {"a": 1, "b": 0.5})  which adapters count, and how much
     merge(model), unmerge(model)    compute with W + Δ; the bits of W stay aside and come back
     plain(model)                    the model without adapters, whose matrices are the merged ones
+    survival(model)                 how much of Δ is left if W is quantized, and so W + Δ
 
 Nothing in model.py knows of this: a linear is exchanged for one that has another inside.
 
@@ -314,16 +315,38 @@ def unmerge(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def plain(model: Transformer) -> Transformer:
+def survival(model: nn.Module) -> float:
+    """The share of what adapters add that merging would keep: ⟨Q(W + Δ) − Q(W), Δ⟩ / ⟨Δ, Δ⟩.
+
+    1 for plain weights; where W is a few bits, most of a small Δ can be less than half a step.
+    """
+    kept = whole = 0.0
+    for linear in adapted(model).values():
+        if isinstance(linear, LoraLinear):
+            W, merged = linear.base.dense().double(), linear.dense()
+            delta = merged.double() - W
+            kept += ((linear.base.like(merged).dense().double() - W) * delta).sum().item()
+            whole += delta.square().sum().item()
+    return kept / whole if whole else 1.0
+
+
+@torch.no_grad()
+def plain(model: Transformer, force: bool = False) -> Transformer:
     """The same function without adapters: a model of its own, every weight of which can be trained.
 
-    A model that has none is given back as it is. UserError for one with a prefix or a prompt, which
-    no weights can stand for.
+    A model that has none is given back as it is. A base that is quantized is quantized again:
+    UserError if less than half of what was learnt survives it, unless forced; and for a model with
+    a prefix or a prompt, which no weights can stand for.
     """
     if model.before is not None:
         raise UserError("a prefix or a prompt cannot become part of the weights beside it")
     if not (found := adapted(model)):
         return model
+    if (left := survival(model)) < 0.5 and not force:
+        raise UserError(
+            f"merged into its quantized base, {max(0, left):.0%} of what the adapter adds would be "
+            "left: keep it beside the base, or force the merge"
+        )
     model = copy.deepcopy(model)
     tables = {name: Parameter(getattr(model, name).detach()) for name in found if name in TABLES}
     if tables:  # torch's own way back would change the class, which the copy shares

@@ -193,6 +193,7 @@ class Export:
     run: str = ""  # a run's name or folder; empty: the newest
     out: str = "exported"  # a new folder
     adapter: bool = False  # what was trained beside its base, alone, as PEFT has it
+    force: bool = False  # merge an adapter into a quantized base though most of it is lost
 
 
 def script() -> None:
@@ -204,7 +205,7 @@ def script() -> None:
         print(f"{folder}/ is the adapter of {run.folder}, for PeftModel.from_pretrained")
         return
     ends = sorted(writer.stop - {writer.tokenizer.end_of_text}) or [writer.tokenizer.end_of_text]
-    plain(writer.model).save(folder, end=ends[0])
+    plain(writer.model, config.force).save(folder, end=ends[0])
     writer.tokenizer.save(folder / writer.tokenizer.file_name)
     if knows_roles(writer.tokenizer):
         keep_template(folder)

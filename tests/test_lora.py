@@ -10,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import adapt, frozen_mark
+from attention import Linear
 from certificate import LAWS, MODEL, OPTIM, Alone, batches_of, differences, together
-from lora import Adapter, adapted, merge, plain, plain_name, unmerge, use
+from lora import (
+    Adapter,
+    adapted,
+    exchange,
+    linears,
+    merge,
+    plain,
+    plain_name,
+    survival,
+    unmerge,
+    use,
+)
 from mesh import Plan
 from model import PRESETS, ModelConfig, Transformer
 from objectives import Batch
@@ -358,3 +370,44 @@ def test_embedding_and_head_each_have_their_own(tied):
     mark = frozen_mark(model)
     use(model, {})
     assert torch.equal(logits(model), before) and frozen_mark(model) == mark
+
+
+# --- a base of few bits ---------------------------------------------------------------------------
+
+
+class Stepped(Linear):
+    """A linear whose weights are whole multiples of a step."""
+
+    step = 0.1
+
+    def like(self, matrix):
+        return super().like((matrix / self.step).round() * self.step)
+
+
+def stepped(delta: float) -> Transformer:
+    """Weights of queries are multiples of the step, and an adapter adds `delta` to each."""
+    model = drawn(SMALL, 0)
+    for name, linear in list(linears(model).items()):
+        if name.endswith("query"):
+            new = Stepped(*reversed(linear.shape)).double()
+            exchange(model, name, new.like(linear.weight.data))
+    adapt(model, Adapter("lora", 1, alpha=1.0, on=("query",)), 0)
+    for linear in adapted(model).values():
+        low = linear.adapters["default"]
+        low.A.data.fill_(delta), low.B.data.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize(("delta", "left"), [(0.04, 0.0), (0.06, 0.1 / 0.06), (0.1, 1.0)])
+def test_what_of_a_change_survives_coarse_steps(delta, left):
+    """Below half a step nothing; above it a whole step, which here is more than was asked for."""
+    assert survival(stepped(delta)) == pytest.approx(left, abs=1e-9)
+
+
+def test_a_merge_that_loses_what_was_learnt_is_refused():
+    model = stepped(0.04)
+    with pytest.raises(UserError, match="0% of what the adapter adds would be left"):
+        plain(model)
+    assert torch.equal(logits(plain(model, force=True)), logits(use(model, {}) or model))
+    assert survival(tuned(drawn(SMALL, 0), Adapter("lora"), 0)) == pytest.approx(1, abs=1e-12)
+    plain(stepped(0.1))
