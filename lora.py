@@ -16,7 +16,8 @@ matrix again. Several such adapters can stand on one base, and be switched or ad
 
 Nothing in model.py knows of this: a linear is exchanged for one that has another inside.
 
-Run: python -m pytest tests/test_lora.py
+Run: python lora.py              one base, three tasks, an adapter for each (tuning.py)
+     python lora.py compare      a run tuned on three tasks by every method
 
 Papers: Hu et al. 2021, LoRA (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732);
 Dettmers et al. 2023, QLoRA (arXiv 2305.14314).
@@ -25,9 +26,12 @@ Letters: R rank · C model width · V vocabulary.
 """
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -38,7 +42,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from dropout import dropped
 from model import Transformer
-from run import UserError, generator
+from run import UserError, generator, main
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -360,3 +364,13 @@ def plain(model: Transformer, force: bool = False) -> Transformer:
     for p in model.parameters():
         p.requires_grad_(True)
     return model
+
+
+def script() -> None:
+    """The demonstrations use what stands on this file, and so stand in another."""
+    tuning = Path(__file__).with_name("tuning.py")
+    sys.exit(subprocess.run([sys.executable, str(tuning), *sys.argv[1:]]).returncode)
+
+
+if __name__ == "__main__":
+    main(script)

@@ -79,7 +79,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["dry_run", "parallel_training", "stages"],
     ["train", "bench", "synthesize", "judge", "chain"],
     ["align"],
-    ["emergence"],
+    ["emergence", "tuning"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
 
@@ -117,6 +117,9 @@ TINY = {
         "--start base --tasks copy --levels 1 --tuning 2 --lessons 60 --compared 30 --steps 1 "
         "--asked 1 --tokens 3"
     ),
+    "lora.py": "demo --steps 2 --batch 2",
+    "lora.py compare": "--run sft --tasks copy --steps 1 --batch 1 --asked 2 --levels 1",
+    "tuning.py": "demo --steps 2 --batch 2",
     "frontier.py": "--betas 3",
     "emergence.py": "shots --steps 2 --asked 10",
     "emergence.py shots": "--steps 2 --asked 10",
