@@ -177,7 +177,7 @@ def draw_curves(curves: dict[str, dict], weights: dict[str, int], path: Path) ->
                 axis.plot(x, y, line, color=color, label=f"{name} ({weights[name]:,})")
             axis.set(title=task, ylim=(-3, 103), xlabel="% of the steps")
         axes[0].set(ylabel="right answers, %")
-        axes[0].legend(frameon=False, fontsize=8)
+        axes[1 % len(tasks)].legend(frameon=False, fontsize=8, loc="lower right")
 
 
 # --- the comparison -------------------------------------------------------------------------------
