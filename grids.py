@@ -12,7 +12,7 @@ weights as their scale; these scales can be put into 8 bits once more.
     absmax(W, bits, per)        symmetric: z = 0, codes ± (2ᵇ⁻¹ − 1)
     zero_point(W, bits, per)    asymmetric: codes 0 … 2ᵇ − 1 from the smallest to the largest weight
     nf4(W)                      the 16 levels of QLoRA
-    grid.codes(W), grid.values(codes), grid.at(k)
+    grid.codes(W), grid.values(codes), grid.at(k)   for whole matrices, or one input feature
     double_quantize(scale)      scales in 8 bits
     pack(codes, bits), unpack(bytes, bits, K)
 
@@ -102,9 +102,7 @@ def shared(W: Tensor, bits: int, per: str | int) -> tuple[Tensor, int]:
     if per in ("tensor", "row"):
         return W.reshape(1 if per == "tensor" else N, 1, -1), K
     if isinstance(per, str):
-        raise UserError(
-            f'one step per "{per}" is unknown; "tensor", "row", "column" and numbers are'
-        )
+        raise UserError(f'one step per "{per}" is unknown; take "tensor", "row", "column" or g')
     if per < 1 or K % per:
         raise UserError(
             f"groups of {per} do not divide the {K} input features of a {N} × {K} matrix"
@@ -206,6 +204,20 @@ def double_quantize(scale: Tensor) -> Doubled:
     blocks = F.pad(flat - mean, (0, -len(flat) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     grid = absmax(blocks, 8)
     return Doubled(grid.codes(blocks).flatten()[: len(flat)], grid.scale[:, 0], mean)
+
+
+# --- parts of grids -------------------------------------------------------------------------------
+
+
+def of_rows(grid: Grid | NormalFloat, which: slice) -> Grid | NormalFloat:
+    """For these rows of the matrix."""
+    return type(grid)(*(x[which] if isinstance(x, Tensor) and len(x) > 1 else x for x in grid))
+
+
+def beside(grids: list[Grid] | list[NormalFloat]) -> Grid | NormalFloat:
+    """One grid from those of neighbouring groups."""
+    fields = zip(*grids, strict=True)
+    return type(grids[0])(*(torch.cat(x, 1) if isinstance(x[0], Tensor) else x[0] for x in fields))
 
 
 # --- bits -----------------------------------------------------------------------------------------
