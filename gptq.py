@@ -71,7 +71,7 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """x (… K)"""
-        x = x.detach().reshape(-1, len(self.sum)).double()
+        x = x.detach().double().flatten(0, -2)
         self.sum += x.T @ x
         self.inputs += len(x)
 
@@ -108,7 +108,7 @@ def solvable(W: Tensor, H: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
     mean = diagonal[~dead].mean()
     diagonal[dead] = mean
     W[:, dead] = 0
-    tiny = len(H) * torch.finfo(H.dtype).eps * diagonal.max()
+    tiny = 1e-10 * diagonal.max()
     while damp <= 1:
         damped = H + damp * mean * torch.eye(len(H)).to(H)
         L, failed = torch.linalg.cholesky_ex(damped)
