@@ -138,10 +138,11 @@ class Int8Linear(Quantized):
         how: Int8 = Int8(),
         columns: Tensor | None = None,
     ) -> "Int8Linear":
-        """W (N K), of which the columns (k) of outliers keep their weights."""
+        """W (N K), of which the columns (k) of outliers keep their weights, if `how` has such."""
         if W.shape[1] > MOST:
             raise UserError(f"the sum of {W.shape[1]:,} products of bytes may not fit into 32 bits")
-        columns = torch.empty(0, dtype=torch.int64) if columns is None else columns
+        if columns is None or how.dynamic or not how.threshold:
+            columns = torch.empty(0, dtype=torch.int64)
         columns = columns.to(W.device)
         codes, scale = quantize_rows(W.detach(), columns)
         outliers = W.detach()[:, columns].to(STEP)
