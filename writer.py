@@ -19,6 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import quantized
 from chat import END as END_OF_TURN
 from chat import keep_template, knows_roles
 from heads import load_heads
@@ -121,7 +122,9 @@ def load(run: Run, device: torch.device) -> Writer:
     shape = kept.get("model") if isinstance(kept, dict) else kept
     if settings(ModelConfig, shape, f"{newest}/train_state.json", "model.") != config:
         raise UserError(f"the model of {where} is not the one that {newest} was trained with")
-    if (how := adapter_of(run)).kind != "none":
+    if "quantization" in trained:
+        model = quantized.assembled(config, newest / "model.safetensors", trained["quantization"])
+    elif (how := adapter_of(run)).kind != "none":
         model = with_adapter(run, config, how, newest)
     else:
         model = assembled(config, Weights([newest / "model.safetensors"]))
