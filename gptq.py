@@ -142,7 +142,8 @@ def obq(W: Tensor, H: Tensor, fit: Fit, outliers: bool = True, damp: float = DAM
     """Each row of W (N K) settles the weight that costs least, again and again (OBC, section 5).
 
     outliers: a weight that others have pushed further than half a step from the grid goes first.
-    Weights that are 0 stay 0, so that a pruned matrix stays pruned.
+    Weights that are 0 stay 0, so that a pruned matrix stays pruned. Those of features much larger
+    than others cost most and come last, when nothing can mend them: there GPTQ's order is better.
     """
     W, H, damp = solvable(W, H, damp)
     whole = fitted(W, fit)
@@ -152,7 +153,8 @@ def obq(W: Tensor, H: Tensor, fit: Fit, outliers: bool = True, damp: float = DAM
         at = torch.arange(len(w), device=w.device)
         inverse = inverses(H, w != 0)
         most = spread(grid.scale, grid.group).double() ** 2 / 4  # half a step, squared
-        while (free := inverse.diagonal(dim1=1, dim2=2) > 0).any():
+        for _ in range(int((w != 0).sum(1).max())):
+            free = inverse.diagonal(dim1=1, dim2=2) > 0
             nearest = grid.codes(w)
             values = grid.values(nearest, w.dtype)
             j = cheapest((w - values) ** 2, inverse, free, most if outliers else None)
@@ -221,7 +223,7 @@ def prune(W: Tensor, H: Tensor, share: float, damp: float = DAMP) -> Pruned:
         at = torch.arange(len(w), device=w.device)
         inverse = inverses(H, w != 0)
         left = round(share * W.shape[1]) - (w == 0).sum(1)
-        while (left > 0).any():
+        for _ in range(int(left.max())):
             j = cheapest(w**2, inverse, inverse.diagonal(dim1=1, dim2=2) > 0, None)
             losses[rows][at, j] += settle(w, inverse, j, w[at, j].where(left <= 0, 0))
             left -= 1

@@ -286,9 +286,18 @@ def test_a_pruned_matrix_stays_pruned(N, K, share, fit, b, seed):
 # --- edges ----------------------------------------------------------------------------------------
 
 
+def quantize(W, H, fit, count=0, method=gptq, **options):
+    return method(W, H, fit, **options)
+
+
+def drop(W, H, fit, count=None, **options):
+    """Prune `count` weights of a row, or half of them."""
+    return prune(W, H, 0.5 if count is None else count / W.shape[1], **options)
+
+
 METHODS = {
-    "gptq": gptq, "act": partial(gptq, order="act"), "obq": obq,
-    "prune": lambda W, H, fit, damp=0.01: prune(W, H, 0.5, damp),
+    "gptq": quantize, "act": partial(quantize, order="act"), "obq": partial(quantize, method=obq),
+    "prune": drop,
 }  # fmt: skip
 methods = st.sampled_from(list(METHODS))
 
@@ -297,32 +306,38 @@ def outcome(got) -> torch.Tensor:
     return got.weights if hasattr(got, "weights") else got.grid.values(got.codes, torch.float64)
 
 
-@given(methods, counts, st.integers(1, 10), st.integers(1, 4), uniform, bits, seeds)
-def test_features_that_are_always_0_change_nothing_for_the_others(how, N, K, dead, fit, b, seed):
-    """Their own weights become 0."""
+@given(methods, counts, st.integers(1, 10), st.integers(1, 4), uniform, bits,
+       st.sampled_from([1e-7, 1.0, 1e7]), seeds)  # fmt: skip
+def test_features_that_are_always_0_change_nothing_for_the_others(
+    how, N, K, dead, fit, b, size, seed
+):
+    """Their own weights become 0; and how large inputs are counts for losses only."""
     W, x, _ = layer(seed, N, K + dead)
     gone = torch.randperm(K + dead, generator=torch.Generator().manual_seed(seed))[:dead]
     x[:, gone] = 0
     alive = torch.ones(K + dead, dtype=torch.bool)
     alive[gone] = False
-    method = METHODS[how] if how != "prune" else lambda W, H, _: prune(W, H, 1 - K / W.shape[1])
-    got = method(W, seen(x), partial(fit, bits=b))
+    got = METHODS[how](W, seen(size * x), partial(fit, bits=b), count=K // 2 + dead)
     assert not outcome(got)[:, gone].any() and not got.losses[:, gone].any()
-    if how != "prune":
-        less = METHODS[how](W[:, alive], seen(x[:, alive]), partial(fit, bits=b))
-        assert_close(outcome(got)[:, alive], outcome(less), 1e-9)
+    less = METHODS[how](W[:, alive], seen(x[:, alive]), partial(fit, bits=b), count=K // 2)
+    assert got.damping == less.damping == 0.01
+    assert_close(outcome(got)[:, alive], outcome(less), 1e-9)
+    assert_close(got.losses[:, alive] / size**2, less.losses, 1e-9)
 
 
 @given(methods, counts, st.integers(2, 12), uniform, bits, seeds)
 def test_too_few_inputs_are_made_up_for_by_damping(how, N, K, fit, b, seed):
     """And the result says by how much."""
-    W, _, H = layer(seed, N, K, n=K // 2)
+    W, x, H = layer(seed, N, K, n=K // 2)
     got = METHODS[how](W, H, partial(fit, bits=b), damp=0.0)
     assert got.damping == 0.01
     want = loss(W - outcome(got), damped(H, 0.01)).sum()
     assert abs(got.losses.sum() - want) <= 1e-10 * want
-    bent = H - 0.03 * H.diagonal().mean() * torch.eye(K).double()
-    assert METHODS[how](W, bent, partial(fit, bits=b), damp=0.0).damping == 0.04
+    bent = H - 0.015 * H.diagonal().mean() * torch.eye(K).double()
+    assert METHODS[how](W, bent, partial(fit, bits=b), damp=0.0).damping == 0.02
+    x = layer(seed, N, K)[1]
+    x[:, 0] = x[:, 1] + 1e-7 * x[:, 0]
+    assert METHODS[how](W, seen(x), partial(fit, bits=b), damp=0.0).damping == 0.01
 
 
 @given(methods, st.sampled_from([(1, 1), (1, 7), (7, 1), (3, 4)]), uniform, bits, seeds)
