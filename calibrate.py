@@ -62,8 +62,8 @@ class Method:
         Packed(self.bits, self.group)  # says what is wrong
 
     def packed(self, K: int) -> Packed:
-        """With a group that divides K: that which is asked for, or the largest above half of it."""
-        group = self.group
+        """With a group that divides K: the one asked for, or the largest above half of it."""
+        group = min(self.group, K)
         if group and K % group:
             fitting = [g for g in range(group // 2 + 1, group) if K % g == 0]
             if not fitting:

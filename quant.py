@@ -88,9 +88,10 @@ def subject(config: OfRun) -> Subject:
     special = objective_for(how.objective, how.model.arch).special
     words = writer.tokenizer if how.base else None
     corpus = prepare(how.data, how.tokenizer, words, special=special, most=how.model.context)
-    if corpus.tokenizer.fingerprint != writer.tokenizer.fingerprint:
-        raise UserError(f"the text that {run.folder} was trained on is no longer there")
     training = Training(replace(how, base="", adapter=type(how.adapter)()), corpus)
+    state = read_json(run.newest() / "train_state.json")
+    if any(state.get(name, mark) != mark for name, mark in training.texts().items()):
+        raise UserError(f"the text that {run.folder} was trained on is no longer the same")
     rows = [training.rows.take(min(8, config.calibration - i))
             for i in range(0, config.calibration, 8)]  # fmt: skip
     batches = [training.batch(some, "calibration", i) for i, some in enumerate(rows)]

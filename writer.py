@@ -23,7 +23,7 @@ import quantized
 from chat import END as END_OF_TURN
 from chat import keep_template, knows_roles
 from heads import load_heads
-from lora import Adapter, adapt, frozen_mark, plain
+from lora import Adapter, adapt, exchange, frozen_mark, plain
 from model import NORMS, ModelConfig, Transformer, assembled, fill
 from model_files import Weights, special_ids
 from run import Run, UserError, main, read_json, settings
@@ -82,8 +82,13 @@ def first_model(config: ModelConfig, base: str, how: Adapter, seed: int) -> Tran
     """
     model = Transformer(config, seed)
     if base:
+        begun = plain(base_of(base).model)
+        if (fixed := quantized.quantized(begun)) and how.kind == "none":
+            raise UserError(f"the codes of {base} cannot be trained: give --adapter.kind lora")
+        for name, linear in fixed.items():
+            exchange(model, name, linear)
         found = model.state_dict()
-        for name, x in plain(base_of(base).model).state_dict().items():
+        for name, x in begun.state_dict().items():
             found[name][tuple(slice(n) for n in x.shape)] = x
     adapt(model, how, seed)
     return model
