@@ -248,8 +248,9 @@ def gptq(
     W, H, damp = solvable(W, H, damp)
     K = len(H)
     grid, late = fitted(W, fit), order == "plain" and not isinstance(fit, tuple)
-    places = H.diagonal().argsort(descending=True, stable=True) if order == "act" else range(K)
-    places = torch.as_tensor(places, device=W.device)
+    places = torch.arange(K, device=W.device)
+    if order == "act":
+        places = H.diagonal().argsort(descending=True, stable=True)
     W, U = W[:, places], inverse_factor(H[places][:, places])
     groups, codes, errors = [], torch.zeros_like(W), torch.zeros_like(W)
     begins = sorted({*range(0, K, block), *(range(0, K, grid.group) if late else ())})
