@@ -151,7 +151,7 @@ def show(found: Sequence[Result], unit: str) -> str:
         lines.append((
             r.name, f"{r.bits:.2f}", f"{r.bytes / 1e6:.2f}", f"{r.measure:.4f}",
             f"{100 * (r.measure / found[0].measure - 1):+.2f} %",
-            f"{own / len(r.layers):.2%}" if r.layers else "",
+            f"{own / len(r.layers):.2%}" if own != nearest else "",
             f"{own / nearest:.2f}" if own != nearest else "",
             f"{r.seconds:.1f} s", f"{r.speed:.0f}",
         ))  # fmt: skip
@@ -198,25 +198,25 @@ def save(config: Save) -> None:
     it = subject(config)
     with LiveBytes() as live:
         layers = quantize(it.writer.model, config, it.batches)
-    tensors, kinds = packed(it.writer.model)
-    old = it.run.newest()
+    (tensors, kinds), (bits, _) = packed(it.writer.model), size(it.writer.model)
+    measure, old = it.measured(it.writer.model), it.run.newest()
     state = read_json(old / "train_state.json")
     kept = {key: state[key] for key in ("text", "held_out", "settings") if key in state}
     run = Run.create(config.name, it.run.config())
     it.writer.tokenizer.save(run.folder / it.writer.tokenizer.file_name)
-    measure = it.measured(it.writer.model)
     run.measure(step=step_of(old), **{it.unit.replace(" ", "_"): measure})
     path = run.save(step_of(old), tensors, {}, kept | {"quantization": kinds})
-    worst = max(layers, key=lambda layer: layer.error, default=None)
-    bits, _ = size(it.writer.model)
+    groups = sorted({how["group"] for how in kinds.values() if how.get("group")})
     run.log(
-        f"{it.run.folder} in {bits:.2f} bits a weight: {measure:.4f} {it.unit}, "
-        f"{(path / 'model.safetensors').stat().st_size:,} bytes\n"
+        f"{it.run.folder} in {bits:.2f} bits a weight"
+        + (f", groups of {' and '.join(map(str, groups))}" if groups else "")
+        + f": {measure:.4f} {it.unit}, {(path / 'model.safetensors').stat().st_size:,} bytes\n"
         f"at most {live.peak / 1e6:.1f} MB beside the model at once"
-        + (f"; the largest error, {worst.error:.2%} of its outputs, has {worst.name}"
-           if worst else "")
-        + f"\nnow:    python generate.py --run {run.name}"
-    )  # fmt: skip
+    )
+    if layers:
+        worst = max(layers, key=lambda layer: layer.error)
+        run.log(f"the largest error, {worst.error:.2%} of its outputs, has {worst.name}")
+    run.log(f"now: python generate.py --run {run.name}")
 
 
 # --- ladder ---------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def draw_ladder(found: Sequence[Result], unit: str, path: Path) -> None:
 class Outliers(OfRun):
     """Give a run outlier features, without changing what it computes, and quantize it."""
 
-    channels: int = 2  # of the stream, made to stand out behind each norm
+    channels: int = 6  # of the stream, made to stand out behind each norm
     factor: float = 64.0  # by which; a power of two changes no bit
 
     def __post_init__(self):
@@ -376,18 +376,19 @@ def draw_outliers(
     seen: dict[str, dict[str, Tensor]], found: Sequence[Result], unit: str, path: Path
 ) -> None:
     """Left and middle the largest input of each feature, layer by layer; right what bytes cost."""
-    top = math.log10(max(x.max().item() for some in seen.values() for x in some.values()))
+    top = max(x.max().item() for some in seen.values() for x in some.values())
+    top = math.ceil(math.log10(top))
     with picture(path, 3, (14, 4.8)) as (*both, right):
         for axes, (name, some) in zip(both, seen.items(), strict=True):
             readers = {n: x for n, x in some.items() if n.endswith(("query", "up"))}
-            rows = torch.stack(list(readers.values())).log10().clamp(min=-1).cpu()
+            rows = torch.stack(list(readers.values())).log10().clamp(min=-1).cpu().numpy()
             image = axes.imshow(rows, aspect="auto", cmap="Greys", vmin=-1, vmax=top,
                                 interpolation="nearest")  # fmt: skip
             axes.set_yticks(range(len(readers)), [n.removeprefix("layers.") for n in readers])
             axes.set(title=name, xlabel="feature")
             axes.grid(visible=False)
         bar = axes.figure.colorbar(image, ax=axes, label="largest |x|")
-        ticks = range(-1, math.ceil(top) + 1)
+        ticks = range(-1, top + 1)
         bar.set_ticks(list(ticks), labels=[f"{10.0**n:g}" for n in ticks])
         names = [r.name for r in found]
         cost = [100 * (r.measure / found[0].measure - 1) for r in found]

@@ -310,12 +310,15 @@ class PackedLinear(Quantized):
         return self.grid().values(self.numbers())
 
     def product(self, x: Tensor) -> Tensor:
-        if not (x.is_cuda and self.codes.dtype == torch.int32 and self.kernel_group()):
-            return F.linear(x, self.dense().to(x.dtype))
+        if x.is_cuda and self.codes.dtype == torch.int32 and self.kernel_group():
+            return int4_linear(x, *self.for_kernel(x.dtype))
+        return F.linear(x, self.dense().to(x.dtype))
+
+    def for_kernel(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, None, int]:
+        """What kernels/int4.py takes behind x: codes from 0 on, with a zero point in each group."""
         zero = self.grid().zero
         zero = torch.full_like(zero, -self.how.low, dtype=torch.uint8) if self.how.low else zero
-        step = self.step.to(x.dtype)
-        return int4_linear(x, self.codes, step, zero, None, self.kernel_group())
+        return self.codes, self.step.to(dtype), zero, None, self.kernel_group()
 
     def kernel_group(self) -> int:
         """The group as kernels/int4.py has it, where a row's may reach beyond its end; 0: none."""

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 import run
 import split
 from grids import NF4
+from kernels.int4 import int4_linear_obvious, int4_linear_triton
 from kernels.int8 import int8_linear_obvious, outlier_columns, quantize_rows
 from lora import Adapter, adapt, adapted, exchange, linears, plain
 from model import Transformer
@@ -102,6 +103,8 @@ def test_the_error_of_int8_is_within_its_bound(M, N, K, columns, seed, with_bias
     bound += far * 2**-11 + 1e-5 * (1 + want.abs() + far)
     assert ((linear(x).double() - want).abs() <= bound).all()
     assert (linear.dense()[:, columns] == W[:, columns].half()).all()
+    assert not linear.codes[:, columns].any()
+    assert_close(linear.scale, sw, 1e-7)  # of those in bytes alone
 
 
 @given(sizes, sizes, sizes, seeds)
@@ -230,6 +233,19 @@ def test_every_dtype_computes_about_the_same(how, dtype):
     linear = some(W, how)
     y = linear(x.to(dtype))
     assert y.dtype == dtype and (y.float() - linear(x)).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("product", [int4_linear_obvious, int4_linear_triton])
+def test_the_kernel_of_four_bits_reads_them_as_they_lie(group, symmetric, product):
+    """Whole rows, too, which end before a block of 128 does."""
+    W, x = drawn(3, (24, 256 if group else 136), (5, 256 if group else 136))
+    linear = some(W, Packed(4, group, symmetric))
+    want = linear(x)
+    got = product(x.to(DEVICE), *linear.to(DEVICE).for_kernel(x.dtype))
+    assert_close(got, want, 1e-5)
+    assert some(W[:, :48], Packed(4, 24)).kernel_group() == 0  # unknown to it: a matrix is made
 
 
 @pytest.mark.parametrize("how", KINDS, ids=repr)
