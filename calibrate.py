@@ -128,7 +128,7 @@ CALIBRATED = ("llm-int8", "gptq", "obq")  # of these the inputs are looked at
 
 
 class Layer(NamedTuple):
-    """A layer's error on the calibration, as a share of |W x|²; of W alone where x is rounded, too."""
+    """A layer's error in shares of |W x|²; where x is rounded, too, that of W alone."""
 
     name: str
     error: float  # |(W − Ŵ) x|²

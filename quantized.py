@@ -69,7 +69,7 @@ class Through(torch.autograd.Function):
 
 
 class Quantized(nn.Module):
-    """What both kinds have in common."""
+    """What both kinds have in common. Steps are buffers, which `writer.cast` does not round."""
 
     shape: tuple[int, int]
 

@@ -169,7 +169,10 @@ def test_settings_reach_the_layer():
     linear = model.layers[0].ffn.down
     assert (linear.how.bits, linear.how.group, linear.how.symmetric) == (3, 16, True)
     model, batches = correlated(0)
-    plain, H = model.layers[0].attention.query, None
+    quantize(model, Method("llm-int8", dynamic=True))  # each batch will say itself: no texts
+    assert all(m.how.dynamic and not len(m.columns) for m in quantized(model).values())
+    model, batches = correlated(0)
+    plain = model.layers[0].attention.query
     H = inputs_of(model, "layers.0.attention.query", batches).hessian.value()
     want = gptq(plain.dense(), H, Method("gptq", 3, 16, True).packed(32).grid, "act", damp=0.1)
     quantize(model, Method("gptq", 3, 16, symmetric=True, act_order=True, damping=0.1), batches)

@@ -1,6 +1,7 @@
 """Quantized linears: errors within their bounds, exact sums, the same bits from a file."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from grids import NF4
 from kernels.int4 import int4_linear_obvious, int4_linear_triton
 from kernels.int8 import int8_linear_obvious, outlier_columns, quantize_rows
 from lora import Adapter, adapt, adapted, exchange, linears, plain
+from mesh import Group
 from model import Transformer
 from optim import learnt
 from quantized import (
@@ -296,6 +298,25 @@ def test_a_file_gives_back_every_bit(kind, how, tmp_path):
     if isinstance(how, Packed):
         assert_close(batch.ours(unpacked(model)), batch.ours(model), 1e-5)
     assert not quantized(unpacked(model))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("how", WHOLE, ids=repr)
+def test_tensor_parallelism_cuts_quantized_models(kind, how):
+    """Two parts of each block compute what the whole does: to 1e-12, but for bytes' own scales."""
+    model = all_quantized(MODELS[kind], how)
+    for p in model.parameters():  # as writer.cast does: buffers stay what they are
+        p.data = p.data.double()
+    batch = Batch(model.config, 5)
+    whole = batch.ours(model)
+    for name, p in model.named_parameters():
+        p.place = Place(name, tuple(p.shape))
+    for stack in filter(None, (model, model.encoder)):
+        for block in stack.layers:
+            split.split_block(block, Cut(Group([0], "", Counter()), 2))
+    assert len(quantized(model)) >= 20
+    apart = (batch.ours(model) - whole).abs().max()
+    assert apart <= (0.05 if isinstance(how, Int8) else 1e-12) * (1 + whole.abs().max())
 
 
 def damaged(kinds, tensors, what):
