@@ -113,7 +113,8 @@ def test_the_error_of_int8_is_within_its_bound(M, N, K, columns, seed, with_bias
 def test_dynamic_outliers_are_those_of_the_batch(M, N, K, seed):
     x, W = drawn(seed, (M, K), (N, K))
     x[:, seed % K] += 9
-    linear = Int8Linear.of(W, how=Int8(dynamic=True))
+    linear = Int8Linear.of(W, how=Int8(dynamic=True), columns=torch.tensor([0]))
+    assert torch.equal(linear.codes, quantize_rows(W)[0]) and not linear.columns.numel()
     columns = outlier_columns(x)
     assert seed % K in columns or K == 1 or x[:, seed % K].abs().max() < 6
     want = int8_linear_obvious(x, linear.codes, linear.scale, None, columns)
