@@ -71,7 +71,8 @@ def frozen_mark(model: nn.Module) -> str:
     Adapters are not part of it, frozen or not.
     """
     sum = hashlib.blake2b(digest_size=16)
-    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    kept = model.state_dict(keep_vars=True)  # with the codes of quantized linears
+    frozen = {n: p for n, p in kept.items() if not p.requires_grad}
     base = {plain_name(n): p for n, p in frozen.items() if not of_adapter(n)}
     for name, p in sorted(base.items()):
         bits = p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -20,11 +20,12 @@ import torch
 import tyro
 from torch import Tensor
 
+import quantized
 from adapters import adapt, first_ids, frozen_mark
 from chat import END as END_OF_TURN
 from chat import keep_template, knows_roles
 from heads import load_heads
-from lora import Adapter, plain
+from lora import Adapter, exchange, plain
 from model import NORMS, ModelConfig, Transformer, assembled, fill
 from model_files import Weights, special_ids
 from peft_files import load_adapter, save_adapter
@@ -85,8 +86,14 @@ def first_model(config: ModelConfig, base: str, how: Adapter, seed: int) -> Tran
     """
     model, ids = Transformer(config, seed), []
     if base:
-        writer, found = base_of(base), model.state_dict()
-        for name, x in plain(writer.model).state_dict().items():
+        writer = base_of(base)
+        begun = plain(writer.model)
+        if (fixed := quantized.quantized(begun)) and how.kind == "none":
+            raise UserError(f"the codes of {base} cannot be trained: give --adapter.kind lora")
+        for name, linear in fixed.items():
+            exchange(model, name, linear)
+        found = model.state_dict()
+        for name, x in begun.state_dict().items():
             found[name][tuple(slice(n) for n in x.shape)] = x
         ids = first_ids(how, writer.tokenizer, seed)
     adapt(model, how, seed, ids=ids)
@@ -126,7 +133,9 @@ def load(run: Run, device: torch.device) -> Writer:
     shape = kept.get("model") if isinstance(kept, dict) else kept
     if settings(ModelConfig, shape, f"{newest}/train_state.json", "model.") != config:
         raise UserError(f"the model of {where} is not the one that {newest} was trained with")
-    if (how := adapter_of(run)).kind != "none":
+    if "quantization" in trained:
+        model = quantized.assembled(config, newest / "model.safetensors", trained["quantization"])
+    elif (how := adapter_of(run)).kind != "none":
         model = with_adapter(run, config, how, newest)
     else:
         model = assembled(config, Weights([newest / "model.safetensors"]))
