@@ -376,7 +376,7 @@ def test_adapters_learn_on_a_quantized_base(how):
     batch = Batch(model.config, 5)
     before = batch.ours(model)
     tensors = {n: x.clone() for n, x in packed(model)[0].items()}
-    adapt(model, Adapter("lora", 2, on=("*",)))
+    adapt(model, Adapter("lora", 2, on=("layers.*",)))
     assert torch.equal(batch.ours(model), before)
     assert learnt(model) and all(".adapters." in name for name in learnt(model))
     optimizer = torch.optim.SGD(learnt(model).values(), 0.1)
