@@ -269,24 +269,25 @@ LOOKS = {  # color, marker, line
     "NF4": ("#8a9a2f", "D", ""), "int8": ("#b5892e", "v", ""), "LLM.int8": ("#2a7f62", "P", ""),
     "bf16": ("#777777", "X", ""),
 }  # fmt: skip
+FILLS = {"": "full", "groups": "none", "act-order": "left", "groups, act-order": "bottom"}
+LEAST = 0.01  # % that is drawn
 
 
 def draw_ladder(found: Sequence[Result], unit: str, path: Path) -> None:
-    """How much worse than the first, by bits a weight; methods in groups are hollow."""
+    """How much worse than the first, by bits a weight; markers are filled by what is added."""
     with picture(path, size=(9, 5)) as (axes,):
         lines: dict[tuple[str, str], list[Result]] = {}
         for r in found[1:]:
             method, _, more = r.name.partition(", ")
             lines.setdefault((method.split()[0], more), []).append(r)
-        least = 1e-3
         for (method, more), some in lines.items():
             color, marker, line = LOOKS[method]
-            y = [max(least, 100 * (r.measure / found[0].measure - 1)) for r in some]
+            y = [max(LEAST, 100 * (r.measure / found[0].measure - 1)) for r in some]
             axes.plot([r.bits for r in some], y, marker=marker, linestyle=line, color=color,
-                      markerfacecolor="white" if more else color, linewidth=1.3,
+                      fillstyle=FILLS.get(more, "none"), linewidth=1.3, markersize=7,
                       label=", ".join(filter(None, (method, more))))  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlabel="bits a weight, steps and all",
-                 ylabel=f"% more {unit} than {found[0].name}")  # fmt: skip
+        worse = f"% more {unit} than {found[0].name}; {LEAST} or less at the bottom"
+        axes.set(xscale="log", yscale="log", xlabel="bits a weight, steps and all", ylabel=worse)
         ticks = (2, 3, 4, 6, 8, 16)
         axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
         axes.minorticks_off()
