@@ -70,7 +70,9 @@ class Demo:
 def rows(tasks: Sequence[str], count: int, seed: int, number: int) -> Batch:
     """x₁ … xₙ, a sign, y₁ … yₙ₋₁; asked for is y, which one of the tasks makes of x."""
     x = torch.randint(DIGITS, (count, LENGTH), generator=generator(seed, " ".join(tasks), number))
-    y = torch.cat([TASKS[t](part) for t, part in zip(tasks, x.chunk(len(tasks)), strict=True)])
+    y = torch.cat(
+        [TASKS[t](part) for t, part in zip(tasks, x.tensor_split(len(tasks)), strict=True)]
+    )
     ids = torch.cat((x, torch.full((count, 1), DIGITS), y[:, :-1]), 1)
     targets = torch.full_like(ids, IGNORE)
     targets[:, LENGTH:] = y
@@ -219,7 +221,7 @@ class Compare:
 def compare(config: Compare) -> None:
     base = tuned_run(config.run)
     how = Examine(tasks=config.tasks, levels=config.levels, count=config.asked, tokens=60,
-                  seed=config.seed)  # fmt: skip
+                  wording="known", seed=config.seed)  # fmt: skip
     before = examined(writer_of(base, "", config.device), how)
     found: dict[str, list[dict]] = {way: [] for way in config.ways}
     for task in config.tasks:

@@ -119,7 +119,7 @@ TINY = {
         "--asked 1 --tokens 3"
     ),
     "lora.py": "demo --steps 2 --batch 2",
-    "lora.py compare": "--run sft --tasks copy --steps 1 --batch 1 --asked 2 --levels 1",
+    "lora.py compare": "--run base --ways prefix --tasks copy --steps 1 --batch 1 --asked 2 --levels 1",
     "tuning.py": "demo --steps 2 --batch 2",
     "frontier.py": "--betas 3",
     "quant.py": "demo --run base --calibration 1",
@@ -210,6 +210,8 @@ def workplace(tmp_path_factory):
         "--tokenizer.vocab-size 400 --model.norm-eps 1e-6"
     )
     assert tried(base, folder, TINY["train.py"] + " --model.context 1024") == 0
+    tuned = "python train.py --base base --name tuned --adapter.kind lora --data.path book.txt"
+    assert tried(tuned, folder, "--steps 2 --batch 2") == 0
     gpt2 = replace(PRESETS["gpt2"], dim=16, layers=1, heads=2, context=16, vocab_size=257)
     Transformer(gpt2).save(folder / "path/to/folder")
     BPE.bytes().save(folder / "path/to/folder/tokenizer.json")
