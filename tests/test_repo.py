@@ -119,7 +119,9 @@ TINY = {
         "--asked 1 --tokens 3"
     ),
     "lora.py": "demo --steps 2 --batch 2",
-    "lora.py compare": "--run base --ways prefix --tasks copy --steps 1 --batch 1 --asked 2 --levels 1",
+    "lora.py compare": (
+        "--run base --ways prefix --tasks copy --steps 1 --batch 1 --asked 2 --levels 1"
+    ),
     "tuning.py": "demo --steps 2 --batch 2",
     "frontier.py": "--betas 3",
     "quant.py": "demo --run base --calibration 1",
