@@ -45,11 +45,13 @@ import judge
 import preferences
 import questions
 import tasks
+from adapters import adapt, first_ids
 from chat import END, keep_template, knows_roles
-from examine import Examine, Result, examined, writer_of
+from examine import Examine, Result, examined
 from improve import Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop
 from instruct import Lessons
 from judge import problems
+from lora import Adapter, flags, plain
 from mesh import Group, join
 from parallel_training import lead, one_voice, shared
 from questions import ByModel, prompt_ids, question
@@ -66,7 +68,7 @@ from run import (
 )
 from stages import base_run, choose, free, lessons_file, start, tuned_run
 from training import stored
-from writer import Writer
+from writer import Writer, writer_of
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Sft:
         1_000_000  # tokens up to which each of them counts, so that a large one does not rule
     )
     lessons: Lessons = Lessons()
+    adapter: Adapter = Adapter()
     steps: int = 1500  # updates
     batch: int = 4  # rows in an update
     lr: float = 0.01  # learning rate
@@ -113,7 +116,8 @@ def sft(config: Sft) -> None:
     start("train.py", "--base", base, "--name", config.name, "--objective", "chat",
           "--data.form", "chat", *own, "--steps", str(config.steps),
           "--batch", str(config.batch), "--optim.lr", str(config.lr),
-          "--seed", str(config.seed), "--device", config.device)  # fmt: skip
+          "--seed", str(config.seed), "--device", config.device,
+          *flags(config.adapter))  # fmt: skip
     report(config, before | {"tuned": examination(config, config.name, 0)})
 
 
@@ -176,6 +180,10 @@ def better(config: Improve) -> None:
             tuned = config.run
         config = replace(config, run=tuned)
         writer = writer_of(tuned, "", config.device)
+        if config.adapter.kind != "none":
+            writer = writer._replace(model=plain(writer.model))
+            adapt(writer.model, config.adapter, config.seed,
+                  ids=first_ids(config.adapter, writer.tokenizer, config.seed))  # fmt: skip
         if isinstance(config, Dpo) and not config.preferences:
             path = lead(world, lambda: judge.simulated(config))
             config = replace(config, preferences=path)
@@ -225,9 +233,15 @@ def pairs(config: Dpo, writer: Writer) -> list[Pair]:
 
 
 def new_run(config: Improve, writer: Writer) -> Run:
-    """A run that other scripts know: with the settings of the one that it comes from."""
-    old = Run.open(config.run)
-    run = Run.create(config.name, replace(stored(old), name=config.name, base=config.run))
+    """A run that other scripts know: with the settings of the one that it comes from.
+
+    If that one is an adapter of a base, so is this one, unless it has an adapter of its own.
+    """
+    old = stored(Run.open(config.run))
+    kept = old.adapter.kind != "none" and config.adapter.kind == "none"
+    own = old.adapter if kept else config.adapter
+    new = replace(old, name=config.name, base=old.base if kept else config.run, adapter=own)
+    run = Run.create(config.name, new)
     writer.tokenizer.save(run.folder / writer.tokenizer.file_name)
     keep_template(run.folder)
     write_json(run.folder / "improvement.json", asdict(config))

@@ -18,6 +18,7 @@ Letters: B batch · T positions that look · S positions looked at · C model wi
 K key-value heads · D head width · P positions already in the cache.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -63,6 +64,34 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+    # Every kind of linear has what follows, and so adapters and tensor parallelism look no deeper.
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out in)"""
+        return tuple(self.weight.shape)
+
+    def dense(self) -> Tensor:
+        """The matrix (out in) that it stands for."""
+        return self.weight.detach()
+
+    def like(self, matrix: Tensor) -> "Linear":
+        """One of the same kind, with the same bias, that stands for this matrix."""
+        new = copy.copy(self)
+        weight = nn.Parameter(matrix, self.weight.requires_grad)
+        new._parameters = {**self._parameters, "weight": weight}
+        return new
+
+    def split(self, dim: int, share: Callable[[nn.Parameter, int], nn.Parameter]) -> "Linear":
+        """The part of the rows (dim 0) or columns (1) that `share` takes of a weight.
+
+        One of columns has no bias: it is added once, to the sum of all parts.
+        """
+        part = copy.copy(self)
+        bias = None if self.bias is None or dim else share(self.bias, 0)
+        part._parameters = {"weight": share(self.weight, dim), "bias": bias}
+        return part
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -149,6 +178,7 @@ class Attention(nn.Module):
         self.output = Linear(config.heads * D, C, config.bias)
         relative = config.position == "relative" and not cross
         self.relative = Shaw(config.reach, D) if relative else None
+        self.prefix: nn.Module | None = None  # for adapters: what all texts see first
         self.qk_norm = config.qk_norm
 
     def heads(self, linear: Linear, x: Tensor) -> Tensor:
@@ -176,6 +206,8 @@ class Attention(nn.Module):
         new = KeyValue(k, v)
         if past is not None:
             k, v = past.append(k, v)
+        if self.prefix is not None:
+            k, v = self.prefix.before(k, v)
         return self.look(q, k, v, mask), new
 
     def look_at(self, x: Tensor, memory: KeyValue, mask: Mask) -> Tensor:

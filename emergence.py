@@ -37,7 +37,7 @@ from tqdm import tqdm
 import examine
 import tasks
 from evaluate import interval
-from examine import Examine, examined, writer_of
+from examine import Examine, examined
 from instruct import Lessons
 from kernels.cross_entropy import IGNORE
 from model import ModelConfig, Transformer
@@ -46,6 +46,7 @@ from optim import OptimConfig, build, learning_rate
 from run import RUNS, UserError, generator, main, picture, table, write_json
 from stages import base_run, choose, lessons_file, trained
 from step import pick_device, to, update
+from writer import writer_of
 
 SIZES = ("#b5892e", "#9db7d5", "#4a90d9", "#0d2240", "#2a7f62")
 COLORS = ("#9db7d5", "#5b8bc9", "#1f4e8c", "#0d2240", "#b5892e", "#2a7f62")

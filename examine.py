@@ -48,11 +48,10 @@ from generate import Sampling, generate
 from objectives import objective_for
 from packing import Shards
 from run import RUNS, Run, UserError, generator, main, picture, table, write_json
-from step import pick_device
 from tasks import ANSWER, FORM, THINK, final
 from training import stored
 from vocabulary import Tokenizer
-from writer import Writer, load, load_folder, unknown
+from writer import Writer, unknown, writer_of
 
 # --- what is asked --------------------------------------------------------------------------------
 
@@ -356,6 +355,7 @@ class Examine:
 
     run: str = ""  # a run's name or folder; empty: the newest
     model: str = ""  # instead of a run: the folder of a model in Hugging Face's layout
+    adapter: str = ""  # beside it: the folder of an adapter in PEFT's layout
     tasks: tuple[str, ...] = ("copy", "reverse", "sort", "add", "count", "look up", "story")
     levels: tuple[int, ...] = (1, 2)  # of the tasks' difficulty
     wording: Literal["new", "known"] = "new"  # of tasks: words that no lesson had, or the lessons'
@@ -462,14 +462,9 @@ def draw(found: dict[str, Sequence[Result]], path: Path, title: str) -> None:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.05), ncol=len(found))
 
 
-def writer_of(run: str, model: str, device: str) -> Writer:
-    where = pick_device(device)
-    return load_folder(Path(model), where) if model else load(Run.open(run), where)
-
-
 def script() -> None:
     config = tyro.cli(Examine, description=__doc__.split("\n")[0])
-    writer = writer_of(config.run, config.model, config.device)
+    writer = writer_of(config.run, config.model, config.device, config.adapter)
     found = examined(writer, config)
     print(show(found))
     if not config.model:

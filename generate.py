@@ -44,10 +44,10 @@ import chat
 from attention import KeyValue, Mask
 from model import PRESETS, Transformer, count_parameters
 from objectives import MASK
-from run import RUNS, Run, UserError, generator, main
+from run import RUNS, UserError, generator, main
 from step import check_memory, pick_device, pick_dtype
 from vocabulary import Tokenizer
-from writer import Writer, cast, load, load_folder, unknown
+from writer import Writer, cast, unknown, writer_of
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,7 @@ class Generate(Sampling):
         ""  # a run's name or folder; empty: the newest (a small one is trained if there is none)
     )
     model: str = ""  # instead of a run: the folder of a model in Hugging Face's layout
+    adapter: str = ""  # beside it: the folder of an adapter in PEFT's layout
     prompt: str = ""  # what the text begins with, or answers; empty: the beginning of a document
     special: bool = False  # special tokens in the prompt, such as <extra_id_0>, are not its letters
     samples: int = 3  # texts written at once
@@ -557,11 +558,7 @@ def script() -> None:
         train = Path(__file__).with_name("train.py")
         if code := subprocess.run([sys.executable, str(train), "--steps", "200"]).returncode:
             sys.exit(code)
-    writer = (
-        load_folder(Path(config.model), device)
-        if config.model
-        else load(Run.open(config.run), device)
-    )
+    writer = writer_of(config.run, config.model, device, config.adapter)
     cast(writer.model, dtype)
     talk(writer, config) if config.chat else write(writer, config)
 

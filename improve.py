@@ -37,11 +37,13 @@ from tqdm import tqdm
 
 import gauge
 import tasks
+from adapters import frozen_mark
 from gauge import measured
 from heads import ScalarHead
+from lora import Adapter
 from mesh import Group
 from model import Transformer
-from optim import OptimConfig, build, learning_rate
+from optim import OptimConfig, build, learning_rate, learnt
 from policy import (
     clipped,
     dpo_loss,
@@ -78,6 +80,7 @@ class Improve:
     levels: tuple[int, ...] = (1, 2, 3)  # of their difficulty
     also: tuple[str, ...] = ()  # further tasks that only the examinations ask
     path: str = ""  # instead, conversations of yours, of which the last question is asked
+    adapter: Adapter = Adapter()
     steps: int = 60  # rounds of answers
     batch: int = 64  # responses that go through the model at once
     lr: float = 3e-4  # highest learning rate; it falls to 0
@@ -227,7 +230,7 @@ class Improvement:
             for name, module in self.parts.items()
             for n, p in module.named_parameters()
         ]
-        self.params = [p for _, p in named]
+        self.params = [p for _, p in named if p.requires_grad]
         self.rate = OptimConfig("adamw", config.lr, weight_decay=0.0, beta2=0.99, eps=config.eps,
                                 clip=config.clip_norm, warmup=0.0)  # fmt: skip
         self.optimizer = build(named, self.rate)
@@ -345,12 +348,13 @@ class Improvement:
         state: Tensors = {"beta": torch.tensor(self.beta, dtype=torch.float64)}
         state |= self.optimizer.tensors()
         for name, module in self.parts.items():
-            state |= {f"beside/{name}/{n}": x for n, x in module.state_dict().items() if name}
+            state |= {f"beside/{name}/{n}": x for n, x in learnt(module).items() if name}
         info = {
             "text": f"{self.writer.tokenizer.fingerprint}-improved",
             "settings": {"model": asdict(self.model.config)},
+            "base": frozen_mark(self.model),
         }
-        run.save(self.step, self.model.state_dict(), state, info, self.config.save_every)
+        run.save(self.step, learnt(self.model), state, info, self.config.save_every)
 
     def load(self, run: Run) -> None:
         """Go on from the newest whole checkpoint."""
@@ -359,9 +363,8 @@ class Improvement:
         state = load_tensors(folder / "train_state.safetensors")
         self.beta = state.pop("beta").item()
         for name, module in self.parts.items():
-            if name:
-                module.load_state_dict({n: state[f"beside/{name}/{n}"]
-                                        for n in module.state_dict()})  # fmt: skip
+            for n, p in learnt(module).items() if name else ():
+                p.data.copy_(state[f"beside/{name}/{n}"])
         self.optimizer.load_tensors(state)
         self.step = read_json(folder / "train_state.json")["step"]
 

@@ -32,9 +32,10 @@ from tqdm import tqdm
 
 import preferences
 import tasks
+from adapters import adapt, first_ids
 from chat import END, Turn, Turns, knows_roles
-from examine import writer_of
 from improve import Dpo
+from lora import Adapter, plain
 from optim import OptimConfig
 from preferences import Ranking, Rating, label, ranked, rated, usable
 from questions import Asked, prompt_ids, question
@@ -53,7 +54,7 @@ from rollout import sample
 from run import Run, UserError, check_free, generator, table, write_json
 from stages import free, start, tuned_run
 from tasks import RATERS, Problem, Rater
-from writer import Writer
+from writer import Writer, writer_of
 
 # --- answers --------------------------------------------------------------------------------------
 
@@ -204,6 +205,7 @@ class Reward:
     highest: float = 10.0
     strict: bool = False  # end at the first record that cannot be used, instead of leaving it out
     arch: Literal["decoder", "encoder"] = "decoder"  # encoder: each token sees the whole answer
+    adapter: Adapter = Adapter()
     epochs: int = 2  # times through all that was said
     batch: int = 16  # questions in an update; of ratings as many answers
     lr: float = 2e-3  # highest learning rate; it falls to 0
@@ -217,6 +219,8 @@ class Reward:
             raise UserError(
                 "--count, --epochs and --batch must be at least 1, and --held between 0 and 1"
             )
+        if self.adapter.kind in ("prefix", "prompt"):
+            raise UserError("a reward model is kept whole: --adapter.kind must be lora or none")
         if not self.lr > 0 or not self.lowest < self.highest:
             raise UserError("--lr must be above 0, and --lowest below --highest")
 
@@ -283,7 +287,9 @@ def reward(config: Reward) -> None:
     writer = writer_of(tuned, "", config.device)
     found = usable(Path(path), config.strict, config.lowest, config.highest)
     parts = material(config, writer, found)
-    model = writer.model
+    model = plain(writer.model)
+    adapt(model, config.adapter, config.seed,
+          ids=first_ids(config.adapter, writer.tokenizer, config.seed))  # fmt: skip
     model.config = replace(model.config, arch=config.arch)
     mine = RewardModel(model, config.seed).to(model.embedding.device)
     texts = texts_of(parts.train[:500], model.embedding.device)
@@ -299,6 +305,7 @@ def reward(config: Reward) -> None:
     found = (of_ratings if config.said == "ratings" else of_orders)(mine, parts, zeros, known)
     if config.normalize:
         mine.rescale(Scale.of(mine.scores(texts)))
+    mine.model = plain(mine.model)
     run = Run.create(config.name, {"model": asdict(model.config), "objective": "reward",
                                    "settings": asdict(config)})  # fmt: skip
     writer.tokenizer.save(run.folder / writer.tokenizer.file_name)

@@ -44,6 +44,7 @@ from dropout import Drop
 from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
+from optim import learnt
 from positions import POSITIONS, Rotation
 from presets import PUBLISHED
 from run import UserError, generator, main, settings, table, value_of
@@ -51,8 +52,6 @@ from run import UserError, generator, main, settings, table, value_of
 # --- settings -------------------------------------------------------------------------------------
 
 LARGEST = 1 << 28  # of any whole number here: a matrix with such sides has its bytes in 64 bits
-
-
 ADDED_TO_SCORES = ("relative", "t5", "alibi")
 
 
@@ -60,18 +59,14 @@ ADDED_TO_SCORES = ("relative", "t5", "alibi")
 class ModelConfig:
     """The shape of a transformer."""
 
-    preset: Literal[("tiny", *PUBLISHED)] = (
-        "tiny"  # a named shape, which other settings then change
-    )
+    preset: Literal[("tiny", *PUBLISHED)] = "tiny"  # a named shape, which other settings change
     arch: Literal["decoder", "encoder", "encdec"] = (
         "decoder"  # who reads and who writes: as GPT, as BERT, or as T5, which has both
     )
     dim: int = 128  # width of the stream
     layers: int = 4  # blocks (encdec: of the encoder, and as many of the decoder)
     heads: int = 4  # query heads
-    kv_heads: int = (
-        0  # key-value heads, each shared by heads / kv_heads queries; 0: as many as heads
-    )
+    kv_heads: int = 0  # key-value heads, shared by heads / kv_heads queries; 0: as many as heads
     head_width: int = 0  # channels of a head; 0: dim / heads
     context: int = 256  # tokens in one row of a batch
     vocab_size: int = 0  # tokens known; 0: as many as the tokenizer has
@@ -323,15 +318,10 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = norm(), FeedForward(config)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Mask,
-        rotation: Rotation | None = None,
-        past: KeyValue | None = None,
-        memory: KeyValue | None = None,
-        cross_mask: Mask | None = None,
-        drop: Drop | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+        self, x: Tensor, mask: Mask, rotation: Rotation | None = None,
+        past: KeyValue | None = None, memory: KeyValue | None = None,
+        cross_mask: Mask | None = None, drop: Drop | None = None,
+    ) -> tuple[Tensor, KeyValue]:  # fmt: skip
         """x (B T C) to x (B T C), and this block's new keys and values."""
         new = []
 
@@ -362,6 +352,9 @@ class Stack(nn.Module):
         self.embed_norm = norm(config.dim, config.norm_eps, True) if config.embed_norm else None
         last = config.order == "pre"
         self.norm = norm(config.dim, config.norm_eps, config.bias) if last else None
+        # For adapters: what stands before every text, and what dropout is drawn from, and where.
+        self.before: nn.Module | None = None
+        self.told: list[Tensor] | None = None
 
     def through(
         self, x: Tensor, positions: Tensor, mask: Mask, *rest: object, draws: Tensor | None = None
@@ -372,6 +365,8 @@ class Stack(nn.Module):
 
     def enter(self, x: Tensor, positions: Tensor) -> Tensor:
         """Embeddings x (B T C) to what the first block reads."""
+        if self.before is not None:
+            x, positions = self.before.enter(self, x, positions)
         x = self.position.embed(x, positions)
         return x if self.embed_norm is None else self.embed_norm(x)
 
@@ -384,10 +379,14 @@ class Stack(nn.Module):
         T = positions.shape[1]
         at, S = past[0].places(T) if past else (torch.arange(T, device=x.device), T)
         mask = ATTENTIONS[self.config.attention].narrow(replace(mask, at=at[None]), S, self.config)
-        mask = self.position.scored(mask, S)
-        rotation = self.position.rotation(positions)
-        drop = self.drop(draws, at)
-        new = []
+        if self.before is None:
+            mask, rotation = self.position.scored(mask, S), self.position.rotation(positions)
+        else:
+            mask, rotation = self.before.seen(self.position, positions, mask, S, x.dtype)
+            cross_mask = self.before.crossed(cross_mask)
+        drop, new = self.drop(draws, at), []
+        if self.told is not None:
+            self.told[:] = [] if draws is None else [draws, at]
         for i, layer in enumerate(self.layers):
             parts = (some[i] if some else None for some in (past, memory))
             x, kv = layer(x, mask, rotation, *parts, cross_mask, drop)
@@ -401,6 +400,7 @@ class Stack(nn.Module):
 
     def leave(self, x: Tensor) -> Tensor:
         """What the last block wrote, to hidden states."""
+        x = x if self.before is None else self.before.leave(x)
         return x if self.norm is None else self.norm(x)
 
 
@@ -459,13 +459,9 @@ class Transformer(Stack):
         return x.to(dtype or self.embedding.dtype)
 
     def encode(
-        self,
-        ids: Tensor,
-        mask: Mask | None = None,
-        positions: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        draws: Tensor | None = None,
-    ) -> list[KeyValue]:
+        self, ids: Tensor, mask: Mask | None = None, positions: Tensor | None = None,
+        dtype: torch.dtype | None = None, draws: Tensor | None = None,
+    ) -> list[KeyValue]:  # fmt: skip
         """Of an encdec: what each layer of the decoder looks at, made of the source ids (B S).
 
         The mask defaults to all, positions to 0 … S−1.
@@ -581,15 +577,19 @@ def assembled(config: ModelConfig, weights: Weights) -> Transformer:
 
 
 def fill(model: nn.Module, weights: Weights) -> None:
-    """Give a model the weights in files; UserError, before any is read, if one does not fit."""
-    found, own = weights.load("meta"), model.state_dict()
+    """Give a model the weights in files, all that are not frozen.
+
+    UserError, before any is read, if one does not fit.
+    """
+    found, own = weights.load("meta"), learnt(model)
     for name in sorted(own.keys() | found.keys()):
         have, want = (tuple(d[name].shape) if name in d else None for d in (found, own))
         if have != want:
             raise UserError(
                 f"{weights.files[0]} does not fit its config.json: {name} is {have}, not {want}"
             )
-    model.load_state_dict(weights.load(), assign=next(model.parameters()).is_meta)
+    meta = next(model.parameters()).is_meta
+    model.load_state_dict(weights.load(), strict=False, assign=meta)
 
 
 # --- counting -------------------------------------------------------------------------------------

@@ -318,13 +318,20 @@ def write_folder(
     """
     family, hf = write_settings(settings, end)
     theirs, architecture = exported(family, settings, tensors)
+    with new_folder(folder) as draft:
+        write_json(draft / "config.json", {"architectures": [architecture], **hf})
+        write_tensors(draft, theirs, most)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A draft to be filled, which then is the folder: whole, or not at all."""
     if os.path.lexists(folder):
         raise UserError(f"{folder} exists already: choose another folder")
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
     try:
         draft.mkdir(parents=True)
-        write_json(draft / "config.json", {"architectures": [architecture], **hf})
-        write_tensors(draft, theirs, most)
+        yield draft
         for path in (*draft.iterdir(), draft):
             sync(path)
         draft.rename(folder)

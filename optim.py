@@ -28,7 +28,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.adamw import Table, adamw_triton
 from run import RUNS, UserError, main, picture, table
@@ -203,6 +203,11 @@ class Optimizer(torch.optim.Optimizer):
             group["t"] = int(tensors[f"t/{i}"])
 
 
+def learnt(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training moves, by name: all that are not frozen."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def is_block_matrix(name: str, p: Tensor) -> bool:
     """A matrix that maps stream to stream: not an embedding, a position table or the head."""
     return p.dim() == 2 and "layers." in name
@@ -211,11 +216,11 @@ def is_block_matrix(name: str, p: Tensor) -> bool:
 def build(
     named: Iterable[tuple[str, Tensor]], config: OptimConfig, dtype: torch.dtype | None = None
 ) -> Optimizer:
-    """The optimizer of a model's named parameters; only matrices inside the blocks decay.
+    """The optimizer of a model's named parameters, but for frozen ones.
 
-    dtype: of the products inside Muon, default fp32.
+    Only matrices inside the blocks decay. dtype: of the products inside Muon, default fp32.
     """
-    c, named = config, list(named)
+    c, named = config, [(n, p) for n, p in named if p.requires_grad]
     groups = [
         {"params": params, "weight_decay": c.weight_decay if inside else 0.0, "inside": inside}
         for inside in (True, False)

@@ -35,15 +35,17 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from adapters import adapt, in_block
 from certificate import Certificate, certify
 from data_parallel import Buckets
 from dropout import Drop
 from kernels.cross_entropy import IGNORE, cross_entropy
 from kernels.mask import Mask
+from lora import NONE, TABLES, Adapter, adapted
 from mesh import Group, Mesh, Plan, tree
 from model import ModelConfig, Transformer, drawn, preset_in
 from objectives import Batch
-from optim import OptimConfig, Optimizer
+from optim import OptimConfig, Optimizer, learnt
 from plan import Automatic, automatic
 from positions import NoPosition
 from run import UserError, main
@@ -64,9 +66,12 @@ class Part(Transformer):
     gives what the next stage needs, or in the last one the loss.
     """
 
-    def __init__(self, config: ModelConfig, plan: Plan, mesh: Mesh):
+    def __init__(self, config: ModelConfig, plan: Plan, mesh: Mesh, adapter: Adapter = NONE):
         super().__init__(config, seed=None)
-        check(config, plan)
+        check(config, plan, adapter)
+        adapt(self, adapter)
+        if adapted(self).keys() & set(TABLES):
+            raise UserError("adapters on embedding or head are for one process, not for a --plan")
         self.mesh, self.exact = mesh, plan.exact
         self.in_flight = 0  # the most micro-batches that were kept at once for their backward pass
         parts = virtual(config) if plan.exact else plan.tensor
@@ -134,7 +139,7 @@ class Part(Transformer):
 
     def vocabulary(self, p: Parameter) -> list[Parameter]:
         if self.cut.parts == 1:
-            new = Parameter(p.detach().clone())
+            new = Parameter(p.detach().clone(), p.requires_grad)
             new.place = p.place
             return [new]
         return [share(p, 0, self.cut, i) for i in self.cut.own]
@@ -151,7 +156,7 @@ class Part(Transformer):
         return found
 
     def in_order(self) -> list[Parameter]:
-        """As the forward pass first needs them: the backward pass has them in reverse.
+        """Those that are trained, as the forward pass first needs them; backward in reverse.
 
         A decoder makes keys of what the encoder says before its own first block.
         """
@@ -162,7 +167,8 @@ class Part(Transformer):
         behind += [] if self.norm is None else self.norm.parameters()
         behind += [] if self.heads is self.words else self.heads
         later = set(behind)
-        return [p for p in self.parameters() if p not in later] + behind
+        found = [p for p in self.parameters() if p not in later] + behind
+        return [p for p in found if p.requires_grad]
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -174,13 +180,16 @@ class Part(Transformer):
     def shared(self) -> Iterable[tuple[list[Parameter], Group]]:
         """Weights of which several ranks hold a copy, each with a part of the gradient; the group.
 
-        Not those of data parallelism, which shares all.
+        Not those of data parallelism, which shares all. Of an adapter one matrix is cut with the
+        weight beside it, and the other one used whole by every part.
         """
         if self.config.position == "t5":
             yield [self.position.table], self.mesh.pipeline
+        whole = [p for p in self.in_order() if p.place.hi < 0]
         if self.cut.sequence:
-            whole = [p for p in self.parameters() if p.place.hi < 0]
             yield [p for p in whole if not p.place.name.endswith("relative.table")], self.cut.group
+        elif self.cut.parts > 1:
+            yield [p for p in whole if in_block(p.place.name)], self.cut.group
 
     # --- the forward pass
 
@@ -230,8 +239,15 @@ def virtual(config: ModelConfig) -> int:
     return gcd(VIRTUAL, config.kv_heads_or_heads)
 
 
-def check(config: ModelConfig, plan: Plan) -> None:
+def check(config: ModelConfig, plan: Plan, adapter: Adapter = NONE) -> None:
     """UserError for a plan under which this model cannot run."""
+    if plan.exact and adapter.kind != "none":
+        raise UserError("--plan.exact is for all weights, not for adapters: leave one of them out")
+    if adapter.kind == "prompt" and (plan.pipeline > 1 or plan.sequence or plan.zero == 3):
+        raise UserError(
+            "--adapter.kind prompt does not go with --plan.pipeline, --plan.sequence or --plan.zero"
+            " 3: its rows pass through all blocks before a text does"
+        )
     heads, tensor = config.kv_heads_or_heads, plan.tensor
     if heads % tensor:
         near = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -352,11 +368,13 @@ def through_pipeline(
         x, y = kept.pop(step.micro)
         if step == steps[-1] and not plan.exact and plan.zero < 2:
             buckets.open()
-        if mesh.last:
+        if mesh.last and y.requires_grad:
             (y * scale).backward()
-        else:
+        elif not mesh.last:
             dy = torch.empty_like(y, memory_format=torch.contiguous_format)
-            y.backward(mesh.down.receive(dy, stage + 1))
+            dy = mesh.down.receive(dy, stage + 1)
+            if y.requires_grad:  # a first stage may have nothing that is trained
+                y.backward(dy)
         if not mesh.first:
             dx = x.grad.contiguous()
             sent.append((dx, mesh.down.send(dx, stage - 1)))
@@ -432,7 +450,7 @@ def accumulate(
     if plan.zero > 1:  # whoever gathers and scatters must do so as often as the others
         most = max(len(own_share(len(micros), plan, i)) for i in range(plan.data))
         some += [nothing_asked(micros[0])] * (most - len(own))
-    params = list(part.parameters())
+    params = list(learnt(part).values())
     gradients = Gradients(params, plan.exact)
     buckets = Buckets(part.in_order(), mesh.data, plan.bucket * 10**6)
     with opened(part):
@@ -444,7 +462,8 @@ def accumulate(
     holder = dict(zip(params, holders(part), strict=True))
     for copies, group in part.shared():
         for p in copies:
-            group.sum_(holder[p].grad)
+            if p.requires_grad:
+                group.sum_(holder[p].grad)
     each = torch.zeros(len(micros), dtype=torch.float64)
     if mesh.last and mesh.tensor.index == 0:
         each[own.start : own.stop] = torch.tensor(losses, dtype=torch.float64)
@@ -465,6 +484,8 @@ def add_tied(part: Part) -> None:
     """Embedding and head, where they are copies of one weight: each gets the sum of gradients."""
     mesh = part.mesh
     if not part.config.tied or part.heads is part.words:
+        return
+    if not all(p.requires_grad for p in (*part.words, *part.heads)):
         return
     if mesh.pipeline.size == 1:
         for p, q in zip(part.words, part.heads, strict=True):

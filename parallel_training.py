@@ -33,16 +33,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 import optim
+from adapters import adapt, frozen_mark
 from data import Corpus
 from mesh import Group, Mesh, Plan, end_the_stopped, first_to_say, lost
 from model import Transformer
 from objectives import Batch
+from optim import learnt
 from parallel import Part, check, evaluate, update
 from recompute import recompute
 from run import RUNS, Run, Tensors, UserError, value_of
 from split import Place
 from step import Update, device_memory, pick_device
-from training import Train, Training, first_weights, least_bytes
+from training import Train, Training, least_bytes
+from writer import first_model
 from zero import build, held
 
 # --- one voice ------------------------------------------------------------------------------------
@@ -136,12 +139,15 @@ class ParallelTraining(Training):
 
     def make(self) -> None:
         c = self.config
-        self.model = Part(c.model, c.plan, self.mesh)
-        self.model.initialize(c.seed)
+        self.model = Part(c.model, c.plan, self.mesh, c.adapter)
         if c.base:
-            weights = first_weights(c)
+            first = first_model(c.model, c.base, c.adapter, c.seed)
+            self.base, weights = frozen_mark(first), dict(first.named_parameters())
             for p in self.model.parameters():
                 p.data.copy_(p.place.of(weights[p.place.name]))
+        else:
+            self.base = ""
+            self.model.initialize(c.seed)
         self.model.to(self.device)
         recompute(self.model, c.recompute)
         self.optimizer = build(self.model, c.optim, self.dtype, c.plan)
@@ -172,12 +178,13 @@ class ParallelTraining(Training):
         """The plain model and its optimizer's tensors, without memory."""
         with torch.device("meta"):
             model = Transformer(self.config.model, seed=None)
+            adapt(model, self.config.adapter)
             optimizer = optim.build(model.named_parameters(), self.config.optim)
         return model, optimizer.tensors()
 
     def weights_and_state(self) -> tuple[Tensors, Tensors]:
         model, state = self.skeleton()
-        weights = self.whole(model.named_parameters(), "weight/")
+        weights = self.whole(learnt(model).items(), "weight/")
         steps = {n: torch.tensor(g["t"]) for g in self.optimizer.param_groups[:1] for n in state
                  if n.startswith("t/")}  # fmt: skip
         return weights, steps | self.whole((n, x) for n, x in state.items() if n not in steps)
@@ -205,6 +212,7 @@ class ParallelTraining(Training):
         """With weights on the first rank only."""
         weights = self.whole(self.skeleton()[0].named_parameters(), "weight/")
         model = Transformer(self.config.model, seed=None)
+        adapt(model, self.config.adapter)
         if weights:
             model.load_state_dict(weights)
         return model.to(self.device)
@@ -212,7 +220,7 @@ class ParallelTraining(Training):
     @torch.no_grad()
     def fill(self, folder: Path) -> Tensors:
         model, state = self.skeleton()
-        weights = dict(model.named_parameters())
+        weights = learnt(model)
         more = self.more()
         agree(self.mesh.world, lambda: same_shapes(folder / "model.safetensors", weights, "model"))
         path = folder / "train_state.safetensors"
@@ -220,7 +228,8 @@ class ParallelTraining(Training):
         with safe_open(folder / "model.safetensors", "pt") as a, safe_open(path, "pt") as b:
             for kind, place, x in held(self.model, self.optimizer):
                 file, name = (a, place.name) if kind == "weight" else (b, f"{kind}/{place.name}")
-                x.copy_(place.read(file.get_tensor(name)))
+                if kind != "weight" or name in weights:
+                    x.copy_(place.read(file.get_tensor(name)))
             for group in self.optimizer.param_groups:
                 group["t"] = int(b.get_tensor("t/0"))
             return {n: b.get_tensor(n) for n in more}

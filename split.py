@@ -25,6 +25,7 @@ Letters: B batch · T tokens · C model width · H heads · V vocabulary.
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,8 @@ def share(p: Parameter, dim: int, cut: Cut, part: int, last: int | None = None) 
     last = part if last is None else last
     lo, hi = cut.bounds(p.shape[dim], part)[0], cut.bounds(p.shape[dim], last)[1]
     new = Parameter(
-        p.detach().narrow(dim, lo, hi - lo).clone(memory_format=torch.contiguous_format)
+        p.detach().narrow(dim, lo, hi - lo).clone(memory_format=torch.contiguous_format),
+        p.requires_grad,
     )
     new.place = place._replace(dim=dim, lo=lo, hi=hi, part=part, several=last - part + 1, here=True)
     return new
@@ -155,23 +157,16 @@ def pieces(whole: nn.Module, cut: Cut, rows: tuple[str, ...], columns: str) -> n
     """
     found = []
     for i in cut.own:
+        own = partial(share, cut=cut, part=i)
         part = copy.copy(whole)
         part._modules = dict(whole._modules)
         for name in rows:
             linear: Linear | None = getattr(whole, name)
             if linear is not None:
-                setattr(part, name, linear_part(linear, 0, cut, i))
-        setattr(part, columns, linear_part(getattr(whole, columns), 1, cut, i))
+                setattr(part, name, linear.split(0, own))
+        setattr(part, columns, getattr(whole, columns).split(1, own))
         found.append(part)
     return nn.ModuleList(found)
-
-
-def linear_part(linear: Linear, dim: int, cut: Cut, i: int) -> Linear:
-    part = copy.copy(linear)
-    part._parameters = {"weight": share(linear.weight, dim, cut, i), "bias": None}
-    if linear.bias is not None and dim == 0:
-        part.bias = share(linear.bias, 0, cut, i)
-    return part
 
 
 class SplitAttention(nn.Module):
@@ -180,7 +175,7 @@ class SplitAttention(nn.Module):
     def __init__(self, whole: Attention, cut: Cut):
         super().__init__()
         self.cut = cut
-        self.parts = pieces(whole, cut, ("query", "key", "value"), "output")
+        self.parts = pieces(whole, cut, ("query", "key", "value", "prefix"), "output")
         self.bias = whole.output.bias
         self.table = None
         if whole.relative is not None:  # one table for the heads of all parts
@@ -193,7 +188,7 @@ class SplitAttention(nn.Module):
         """The mask of each part: slopes and bias are those of its heads."""
         n = len(self.parts)
         slopes, bias = (
-            [None] * n if x is None or n == 1 else x.chunk(n, dim)
+            [x] * n if x is None or x.shape[dim] == 1 else x.chunk(n, dim)
             for x, dim in ((mask.slopes, 0), (mask.bias, 1))
         )
         for s, b in zip(slopes, bias, strict=True):

@@ -163,8 +163,8 @@ def watched(model: Transformer) -> Iterator[list[Scales]]:
     grads = [[p.grad for p in layer.parameters() if p.grad is not None] for layer in model.layers]
     found.append(Scales(
         [math.sqrt(squares / count) for squares, count in sums],
-        [math.sqrt(sum(g.float().square().sum().item() for g in gs) / sum(map(torch.numel, gs)))
-         for gs in grads],
+        [math.sqrt(sum(g.float().square().sum().item() for g in gs)
+                   / max(1, sum(map(torch.numel, gs)))) for gs in grads],
     ))  # fmt: skip
 
 

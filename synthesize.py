@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 import tasks
 from chat import Turn, Turns
-from examine import writer_of
 from generate import Sampling, generate
 from instruct import rouge_l, write
 from run import UserError, generator, main, table
 from tasks import FACTS, TASKS, Stated, side
-from writer import Writer, unknown
+from writer import Writer, unknown, writer_of
 
 ALIKE = 0.7  # ROUGE-L from which two statements are the same
 SHOWN, OWN = 6, 2  # statements before the model's: seeds, and of its own

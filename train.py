@@ -29,17 +29,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 import tyro
 from tqdm import tqdm
 
 import dry_run
+from adapters import adapt
 from chat import keep_template, knows_roles, with_roles
 from clean import Step
 from data import CUT, Corpus, prepare
 from guard import failing
 from mesh import Group, Plan, join
-from model import ModelConfig, preset_in
+from model import ModelConfig, Transformer, preset_in
 from objectives import objective_for
+from optim import learnt
 from parallel_training import after_restart, begin, check_size, lead, one_voice, shared
 from plan import Plan as AutomaticPlan
 from run import Run, UserError, check_free, main, plot_loss, plot_scales, value_of
@@ -54,10 +57,10 @@ from step import (
     pick_dtype,
     watched,
 )
-from training import WORLD_STEPS, Train, Training, base_of, changes, stored, unchangeable
+from training import WORLD_STEPS, Train, Training, changes, stored, unchangeable
 from vocabulary import Tokenizer
 from world import judged
-from writer import load_tokenizer
+from writer import base_of, load_tokenizer
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ def introduction(
         + left_out(meta["steps"])
         + f"tokens   {m.vocab_size:,} known, {train['bytes'] / train['tokens']:.2f} bytes each\n"
         f"model    {m.layers} blocks, {m.dim} wide, {m.heads} heads of {m.head_dim}, feed-forward "
-        f"{m.ffn_width}: {N:,} parameters\n"
+        f"{m.ffn_width}: {N:,} parameters{moving(training)}\n"
         f"step     {config.accumulate} × {config.batch} rows × {width} = "
         f"{training.ramp.full * width:,} tokens"
         + (f", at first {config.ramp_from} rows" if config.ramp_from else "")
@@ -177,6 +180,19 @@ def introduction(
         + "".join(f"\nchanged  {text}" for text in changed)
         + "\n"
     )
+
+
+def moving(training: Training) -> str:
+    """How many parameters an adapter has, if it is all that is trained."""
+    how = training.config.adapter
+    if how.kind == "none":
+        return ""
+    with torch.device("meta"):
+        model = Transformer(training.config.model, None)
+        adapt(model, how)
+    many = sum(p.numel() for p in learnt(model).values())
+    what = f"of rank {how.rank} on {' '.join(how.on)}" if how.kind == "lora" else f"of {how.tokens}"
+    return f"; {how.kind} {what}: {many:,} are trained"
 
 
 def left_out(steps: list[dict]) -> str:
@@ -394,7 +410,8 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
             + dry_run.in_words(dry_run.forecast(config, corpus), config)
         )
         return
-    saved = run is not None and run.checkpoints()  # then the base need not be there any more
+    # A run that has saved all its weights needs its base no more.
+    saved = run is not None and run.checkpoints() and config.adapter.kind == "none"
     # before the folder: what cannot be leaves nothing
     training = begin(replace(config, base="") if saved else config, corpus, world)
     training.config = config

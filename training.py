@@ -15,15 +15,17 @@ from typing import Any, Literal
 
 import torch
 
+from adapters import frozen_mark
 from data import Corpus, DataConfig, TokenizerConfig
 from dropout import drawn_from
 from generate import Sampling, generate
 from guard import AGAIN, LEAST, GuardConfig, Made, Skip, spike
 from kernels.cross_entropy import IGNORE
+from lora import Adapter, plain
 from mesh import Plan
 from model import ModelConfig, Transformer
 from objectives import OBJECTIVES, ROLES, Batch, Rows, objective_for, vocabulary_for
-from optim import OptimConfig, Ramp, build, learning_rate
+from optim import OptimConfig, Ramp, build, learning_rate, learnt
 from packing import Mixture, whole
 from recompute import KINDS, recompute
 from run import (
@@ -53,7 +55,7 @@ from step import (
     update,
     write_replay,
 )  # fmt: skip
-from writer import Writer, load, load_folder, load_weights
+from writer import first_model, load_weights
 
 WORLD_STEPS = 800  # enough for the stories of world.py, in less than three minutes
 
@@ -68,6 +70,7 @@ class Train:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    adapter: Adapter = Adapter()
     optim: OptimConfig = OptimConfig()
     objective: Literal[tuple(OBJECTIVES)] = (
         "causal"  # what to predict: the next token, masked ones, hidden spans, …
@@ -100,6 +103,17 @@ class Train:
         objective_for(self.objective, self.model.arch)
         if (self.objective == "chat") != (self.data.form == "chat"):
             raise UserError("--objective chat and --data.form chat belong together: give both")
+        if self.adapter.kind != "none" and not self.base:
+            raise UserError("--adapter.kind needs a --base, beside whose weights it stands")
+        if self.adapter.dropout and self.recompute != "none" and self.plan.pipeline > 1:
+            raise UserError(
+                "--adapter.dropout, --recompute and --plan.pipeline do not go together: what was "
+                "dropped would be drawn again for another micro-batch; leave one of them out"
+            )
+        if self.adapter.kind == "prompt" and self.recompute != "none":
+            raise UserError(
+                "--adapter.kind prompt and --recompute do not go together: leave one out"
+            )
         if not 0 <= self.watch_every <= MOST:
             raise UserError(f"--watch-every {self.watch_every} must be from 0 to {MOST:,}")
         if (warm := round(self.optim.warmup * self.steps)) == self.steps:
@@ -162,29 +176,16 @@ def least_bytes(config: Train) -> int:
     """That a process must hold at least: weights, gradients, optimizer, and some of what backward
     needs, which is twice the stream for each block.
 
-    ZeRO 1 divides 8 bytes of a weight's 16 among the copies, ZeRO 2 4 more, ZeRO 3 all.
+    ZeRO 1 divides 8 bytes of a weight's 16 among the copies, ZeRO 2 4 more, ZeRO 3 all. Beside
+    adapters weights are frozen, and have 4.
     """
     c, plan = config.model, config.plan
-    divided = (0, 8, 12, 16)[plan.zero]
-    each = 16 - divided + divided / plan.data
+    divided, total = (0, 8, 12, 16)[plan.zero], 16
+    if config.adapter.kind != "none":
+        divided, total = (0, 0, 0, 4)[plan.zero], 4
+    each = total - divided + divided / plan.data
     stream = 2 * 4 * config.batch * c.context * c.dim * c.layers / plan.data
     return int((each * sum(parameters(c).values()) / plan.tensor + stream) / plan.pipeline)
-
-
-def base_of(name: str) -> Writer:
-    """The model and the tokenizer with which a run begins: another run's, or a folder's."""
-    path = Path(name) / "config.json"
-    if path.is_file() and "model_type" in read_json(path):
-        return load_folder(Path(name), torch.device("cpu"))
-    return load(Run.open(name), torch.device("cpu"))
-
-
-def first_weights(config: Train) -> Tensors:
-    """The base's; rows of the embedding that it lacks, for new special tokens, are drawn anew."""
-    found = Transformer(config.model, config.seed).state_dict()
-    for name, x in base_of(config.base).model.state_dict().items():
-        found[name][tuple(slice(n) for n in x.shape)] = x
-    return found
 
 
 class Training:
@@ -228,10 +229,8 @@ class Training:
     def make(self) -> None:
         """Model and optimizer."""
         c = self.config
-        self.model = Transformer(c.model, c.seed)
-        if c.base:
-            self.model.load_state_dict(first_weights(c))
-        self.model.to(self.device)
+        self.model = first_model(c.model, c.base, c.adapter, c.seed).to(self.device)
+        self.base = frozen_mark(self.model)
         recompute(self.model, c.recompute)
         self.optimizer = build(self.model.named_parameters(), c.optim, self.dtype)
 
@@ -345,7 +344,7 @@ class Training:
 
         def write() -> None:
             with run.writing(path):
-                write_replay(path, model, self.batches, self.dtype)
+                write_replay(path, plain(model), self.batches, self.dtype)
 
         self.lead(write)
         why = (
@@ -401,7 +400,7 @@ class Training:
 
     def weights_and_state(self) -> tuple[Tensors, Tensors]:
         """By the plain model's names; of many processes, on the first one."""
-        return self.model.state_dict(), self.optimizer.tensors()
+        return learnt(self.model), self.optimizer.tensors()
 
     def more(self) -> Tensors:
         """Beside weights and optimizer, what a checkpoint must hold in numbers."""
@@ -420,7 +419,8 @@ class Training:
             raise NotFinite(f"{bad} is not finite at step {self.step}: {self.diverged}")
         info = {
             "place": self.rows.place, "row": self.row, "starts": self.starts,
-            "skips": self.skips, **self.texts(), "settings": lasting(self.config),
+            "skips": self.skips, **self.texts(), "base": self.base,
+            "settings": lasting(self.config),
         }  # fmt: skip
         run.save(self.step, weights, state | self.more(), info, self.config.save_every)
 
@@ -456,6 +456,11 @@ class Training:
 
     def take_up(self, folder: Path, run: Run) -> None:
         info = read_json(folder / "train_state.json")
+        if info.get("base", self.base) != self.base:
+            raise UserError(
+                f"{self.config.base} is no longer the base that {run.folder} was trained beside: "
+                "put that back"
+            )
         step, place = info.get("step"), info.get("place")
         row, starts = info.get("row"), info.get("starts")
         counts = [step, row, *(starts if isinstance(starts, list) else [None])]

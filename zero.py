@@ -29,7 +29,7 @@ import optim
 from data_parallel import in_buckets
 from mesh import Group, Plan
 from model import Transformer
-from optim import Adafactor, Muon, OptimConfig, Optimizer
+from optim import Adafactor, Muon, OptimConfig, Optimizer, learnt
 from split import Place
 
 # `part` is everywhere a Part of parallel.py: what one rank has of a Transformer.
@@ -51,17 +51,16 @@ class Unit:
 
     def __init__(self, params: list[Parameter], shards: list[Parameter], group: Group):
         self.params, self.shards, self.group = params, shards, group
+        self.moved = [(p, s) for p, s in zip(params, shards, strict=True) if p.requires_grad]
+        self.frozen = len(self.moved) < len(params)
         self.ready = 0  # weights whose gradient the backward pass has finished
-        self.bounds = [
-            [(border(p.numel(), r, group.size), border(p.numel(), r + 1, group.size))
-             for p in params] for r in range(group.size)
-        ]  # fmt: skip
-        self.most = max(sum(hi - lo for lo, hi in row) for row in self.bounds)
+        self.bounds = bounds(params, group.size)
+        self.moved_bounds = bounds([p for p, _ in self.moved], group.size)
 
     def gather(self) -> None:
         """Fill the weights with what all ranks hold of them."""
         row = torch.cat([s.detach() for s in self.shards])
-        row = torch.nn.functional.pad(row, (0, self.most - len(row)))
+        row = torch.nn.functional.pad(row, (0, longest(self.bounds) - len(row)))
         for p in self.params:
             p.untyped_storage().resize_(p.nbytes)
         for theirs, bounds in zip(self.group.gather(row[None]), self.bounds, strict=True):
@@ -79,22 +78,28 @@ class Unit:
         """Add to the gradient of each shard what all ranks have of it, and drop the gradients."""
         grads = [
             torch.zeros(p.numel(), dtype=p.dtype, device=p.device) if p.grad is None
-            else p.grad.flatten() for p in self.params
+            else p.grad.flatten() for p, _ in self.moved
         ]  # fmt: skip
-        rows = grads[0].new_zeros(self.group.size, self.most)
-        for row, bounds in zip(rows, self.bounds, strict=True):
+        rows = grads[0].new_zeros(self.group.size, longest(self.moved_bounds))
+        for row, bounds in zip(rows, self.moved_bounds, strict=True):
             own = torch.cat([g[lo:hi] for g, (lo, hi) in zip(grads, bounds, strict=True)])
             row[: len(own)] = own
-        for p in self.params:
+        own, sizes = self.group.scatter(rows)[0], [len(s) for _, s in self.moved]
+        for (p, s), g in zip(self.moved, own[: sum(sizes)].split(sizes), strict=True):
             p.grad = None
-        own = self.group.scatter(rows)[0]
-        for s, g in zip(self.shards, own[: self.size].split([len(s) for s in self.shards]),
-                        strict=True):  # fmt: skip
             s.grad = g.clone() if s.grad is None else s.grad + g
 
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.shards))
+
+def bounds(params: list[Parameter], ranks: int) -> list[list[tuple[int, int]]]:
+    """For each rank which numbers of each weight are its own."""
+    return [
+        [(border(p.numel(), r, ranks), border(p.numel(), r + 1, ranks)) for p in params]
+        for r in range(ranks)
+    ]
+
+
+def longest(bounds: list[list[tuple[int, int]]]) -> int:
+    return max(sum(hi - lo for lo, hi in row) for row in bounds)
 
 
 class Shards:
@@ -102,39 +107,45 @@ class Shards:
 
     def __init__(self, part: Transformer, stage: int, bucket: float):
         self.stage, group = stage, part.mesh.data
-        self.of = {p: shard(p, group, own=stage == 3) for p in part.in_order()}
+        params = part.parameters() if stage == 3 else part.in_order()
+        self.of = {p: shard(p, group, own=stage == 3) for p in params}
         divided = blocks_and_root(part) if stage == 3 else in_buckets(list(self.of), bucket)
         self.units = [Unit(params, [self.of[p] for p in params], group) for params in divided]
+        self.moving = [unit for unit in self.units if unit.moved]
         self.sent = 0  # units whose gradients have left in this backward pass
         if stage >= 2:
-            for unit in self.units:
-                for p in unit.params:
+            for unit in self.moving:
+                for p, _ in unit.moved:
                     p.register_post_accumulate_grad_hook(lambda _, unit=unit: self.ready(unit))
         if stage == 3:
-            for unit, block in zip(self.units, blocks_of(part), strict=False):
-                follow(block, unit)
+            for i, (unit, block) in enumerate(zip(self.units, blocks_of(part), strict=False)):
+                first = i in (0, len(part.layers))  # of the decoder, of the encoder
+                follow(block, unit, None if first else self.units[i - 1])
             for unit in self.units:
                 unit.free()
 
     def ready(self, unit: Unit) -> None:
         """A gradient of a unit is there: units leave when full, on every rank in the same order."""
         unit.ready += 1
-        while self.sent < len(self.units) and (
-            self.units[self.sent].ready == len(self.units[self.sent].params)
+        while self.sent < len(self.moving) and (
+            self.moving[self.sent].ready == len(self.moving[self.sent].moved)
         ):
             self.send()
 
     def send(self) -> None:
-        unit = self.units[self.sent]
+        unit = self.moving[self.sent]
         unit.scatter()
-        if self.stage == 3 and unit is not self.units[-1]:
+        if self.stage == 3 and unit is not self.units[-1] and not unit.frozen:
             unit.free()
         self.sent += 1
 
     def end(self) -> None:
-        """Behind a backward pass: send what no gradient has come for."""
-        while self.stage >= 2 and self.sent < len(self.units):
+        """Behind a backward pass: send what no gradient has come for, free what is only frozen."""
+        while self.stage >= 2 and self.sent < len(self.moving):
             self.send()
+        for unit in self.units[:-1] if self.stage == 3 else ():
+            if unit.frozen:
+                unit.free()
         self.sent = 0
         for unit in self.units:
             unit.ready = 0
@@ -163,7 +174,7 @@ def shard(p: Parameter, group: Group, own: bool) -> Parameter:
     """Its numbers first … last−1 in a row, as a view, or in memory of their own."""
     first, last = (border(p.numel(), group.index + i, group.size) for i in (0, 1))
     piece = p.data.view(-1)[first:last]
-    made = Parameter(piece.clone() if own else piece)
+    made = Parameter(piece.clone() if own else piece, p.requires_grad)
     made.place = p.place._replace(first=first, last=last)
     return made
 
@@ -187,12 +198,21 @@ def blocks_and_root(part: Transformer) -> list[list[Parameter]]:
     return [*inside, [p for p in part.parameters() if p not in taken]]
 
 
-def follow(block: nn.Module, unit: Unit) -> None:
-    """Gather a block's weights before it computes, forward or backward, and free them behind."""
+def follow(block: nn.Module, unit: Unit, last: Unit | None) -> None:
+    """Gather a block's weights before it computes, forward or backward, and free them behind.
+
+    Backward, trained weights are done with when their gradients are there, but frozen ones only
+    when the gradient has come through: then those of the block that was the last to compute go.
+    """
+
+    def back(gradient: Tensor) -> None:
+        if last is not None and last.frozen:
+            last.free()
+        unit.gather()
 
     def behind(module: nn.Module, inputs: tuple, output: tuple) -> None:
         if output[0].requires_grad:
-            output[0].register_hook(lambda gradient: unit.gather())
+            output[0].register_hook(back)
         unit.free()
 
     block.register_forward_pre_hook(lambda module, inputs: unit.gather())
@@ -287,9 +307,10 @@ def assembled(part: Transformer, params: list[Parameter], own: list[Tensor]) -> 
 
 
 def holders(part: Transformer) -> list[Parameter]:
-    """Of each weight what has its gradient: itself, or the shard that took it."""
+    """Of each weight that is trained what has its gradient: itself, or the shard that took it."""
     shards = part.shards
-    return [shards.of[p] if shards and shards.stage > 1 else p for p in part.parameters()]
+    params = learnt(part).values()
+    return [shards.of[p] if shards and shards.stage > 1 else p for p in params]
 
 
 def held(part: Transformer, optimizer: Optimizer) -> Iterator[tuple[str, Place, Tensor]]:
@@ -299,9 +320,9 @@ def held(part: Transformer, optimizer: Optimizer) -> Iterator[tuple[str, Place, 
     """
     shards, first = part.shards, part.mesh.data.index == 0
     for p in part.parameters():
-        s = shards.of[p] if shards else p
+        s = shards.of.get(p, p) if shards else p
         weight = s if shards and shards.stage == 3 else p
-        for kind, x in (("weight", weight.data), *optimizer.state[s].items()):
+        for kind, x in (("weight", weight.data), *optimizer.state.get(s, {}).items()):
             place = (weight if kind == "weight" else s).place
             if kind != "weight" and isinstance(optimizer, Adafactor):
                 lead = place.here and place.part == 0

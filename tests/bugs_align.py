@@ -187,7 +187,7 @@ BUGS = {
              "return int.from_bytes(mark, \"big\") > share * 2**64"),
             ("/ r.noise for r in RATERS", "for r in RATERS"),
             ("sum((k - middle) ** 2 * p", "sum(k**2 * p"),
-            ("mine.rescale(Scale.of(mine.scores(texts)))\n    run", "pass\n    run"),
+            ("mine.rescale(Scale.of(mine.scores(texts)))\n    mine", "pass\n    mine"),
         ],
     ),
     "frontier": (

@@ -56,9 +56,9 @@ BUGS = {
             ),
             # heads of one part with keys of the next
             (
-                "setattr(part, name, linear_part(linear, 0, cut, i))",
-                "setattr(part, name, linear_part(linear, 0, cut, "
-                "(i + (name == 'key')) % cut.parts))",
+                "setattr(part, name, linear.split(0, own))",
+                "setattr(part, name, linear.split(0, partial(share, cut=cut, "
+                "part=(i + (name == 'key')) % cut.parts)))",
             ),
             # f without its sum, g with one too many
             ("return ctx.cut.group.sum_(total.clone()), None", "return total.clone(), None"),
@@ -79,8 +79,8 @@ BUGS = {
                 "inside = asked & (targets > p.place.lo) & (targets < p.place.hi)",
             ),
             (
-                "part.bias = share(linear.bias, 0, cut, i)",
-                "part.bias = share(linear.bias, 0, cut, 0)",
+                "own = partial(share, cut=cut, part=i)",
+                "own = partial(share, cut=cut, part=0)",
             ),
             ("return torch.where(asked, loss, 0.0).sum()", "return loss.sum()"),
         ],
@@ -129,8 +129,8 @@ BUGS = {
                 "return super().enter(x, positions[:, : x.shape[1]])",
             ),
             (
-                "        if self.cut.sequence:\n            whole",
-                "        if False:\n            whole",
+                "        if self.cut.sequence:\n            yield",
+                "        if False:\n            yield",
             ),
             ("torch.empty_like(y, memory_format=torch.contiguous_format)", "torch.empty_like(y)"),
             ("yield [self.position.table], self.mesh.pipeline", "pass"),
@@ -145,12 +145,12 @@ BUGS = {
             # weights and gradients that stay
             ("            p.untyped_storage().resize_(0)", "            pass"),
             ("        unit.free()\n\n    block.register", "        pass\n\n    block.register"),
-            ("        for p in self.params:\n            p.grad = None\n", ""),
+            ("            p.grad = None\n            s.grad", "            s.grad"),
             # a backward pass without its weights, and micro-batches that forget those before
-            ("lambda gradient: unit.gather()", "lambda gradient: None"),
+            ("            last.free()\n        unit.gather()", "            last.free()"),
             ("s.grad = g.clone() if s.grad is None else s.grad + g", "s.grad = g.clone()"),
             # an end that never comes, or does not count anew
-            ("while self.stage >= 2 and self.sent < len(self.units):", "while False:"),
+            ("while self.stage >= 2 and self.sent < len(self.moving):", "while False:"),
             ("            unit.ready = 0", "            pass"),
             # gradients that are nowhere, and in another place
             (

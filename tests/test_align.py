@@ -22,7 +22,6 @@ from instruct import Lessons, lessons, rouge_l, write
 from kernels.cross_entropy import IGNORE
 from mesh import Group
 from run import RUNS, Run, load_tensors
-from training import base_of
 
 SMALL = ["--model.dim", "16", "--model.layers", "2", "--model.heads", "2", "--model.context", "512",
          "--model.no-qk-norm"]  # fmt: skip
@@ -65,7 +64,7 @@ def tune(*arguments):
 def test_a_run_begins_with_the_weights_and_the_tokenizer_of_its_base(folder):
     status, out, err = tune("--name", "tuned", "--steps", "1", "--optim.lr", "1e-9")
     assert status == 0, err
-    base, tuned = base_of("base"), writer.load(Run.open("tuned"), torch.device("cpu"))
+    base, tuned = writer.base_of("base"), writer.load(Run.open("tuned"), torch.device("cpu"))
     old, new = base.model.state_dict(), tuned.model.state_dict()
     V = base.model.config.vocab_size
     assert tuned.model.config.vocab_size == V + 4 == tuned.tokenizer.vocab_size
@@ -93,7 +92,7 @@ def test_a_tuned_run_can_be_stopped_and_resumed(folder):
 
 
 def test_only_replies_are_asked_for_in_training(folder):
-    tokenizer = chat.with_roles(base_of("base").tokenizer)
+    tokenizer = chat.with_roles(writer.base_of("base").tokenizer)
     config = DataConfig("talk.jsonl", form="chat")
     corpus = prepare(config, TokenizerConfig(), tokenizer, most=512)
     seen = Counter()

@@ -215,8 +215,8 @@ def test_the_optimizer_moves_all_its_tensors_in_one_launch(monkeypatch):
     names = ["layers.0.up.weight", "embedding", "layers.0.norm.weight"]
     p, g, _, _ = state_for(4, [(5, 3), (7, 3), (3,)])
     config = OptimConfig("adamw", lr=0.1, weight_decay=0.3)
-    twins = {n: x.cpu().clone() for n, x in zip(names, p, strict=True)}
-    moved = {n: x.as_subclass(Elsewhere) for n, x in zip(names, p, strict=True)}
+    twins = {n: x.cpu().clone().requires_grad_() for n, x in zip(names, p, strict=True)}
+    moved = {n: x.as_subclass(Elsewhere).requires_grad_() for n, x in zip(names, p, strict=True)}
     optimizers = build(moved.items(), config), build(twins.items(), config)
     for step in range(3):
         for params, optimizer in zip((moved, twins), optimizers, strict=True):

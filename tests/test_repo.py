@@ -46,8 +46,9 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "mesh",
         "schedule",
         "ranks",
+        "grids",
     ],
-    ["merges", "vocabulary", "sparse", "tasks", "policy"],
+    ["merges", "vocabulary", "sparse", "tasks", "policy", "gptq"],
     ["bpe", "frontier", "chat", "positions", "model_files", "data_parallel"],
     ["attention"],
     [
@@ -65,8 +66,11 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["data", "planted"],
     ["model"],
     ["step", "heads", "split"],
-    ["scaling", "lora", "quant", "recompute", "zero"],
-    ["writer", "plan_costs", "traffic", "instruct"],
+    ["scaling", "lora", "recompute", "zero"],
+    ["prefix", "quantized"],
+    ["adapters"],
+    ["peft_files"],
+    ["calibrate", "writer", "plan_costs", "traffic", "instruct"],
     ["plan", "certificate", "generate"],
     ["evaluate", "parallel", "training"],
     ["examine", "rollout"],
@@ -74,9 +78,9 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["questions"],
     ["improve"],
     ["dry_run", "parallel_training", "stages"],
-    ["train", "bench", "synthesize", "judge", "chain"],
+    ["train", "bench", "synthesize", "judge", "chain", "quant"],
     ["align"],
-    ["emergence"],
+    ["emergence", "tuning"],
 ]
 RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
 
@@ -114,7 +118,16 @@ TINY = {
         "--start base --tasks copy --levels 1 --tuning 2 --lessons 60 --compared 30 --steps 1 "
         "--asked 1 --tokens 3"
     ),
+    "lora.py": "demo --steps 2 --batch 2",
+    "lora.py compare": (
+        "--run base --ways prefix --tasks copy --steps 1 --batch 1 --asked 2 --levels 1"
+    ),
+    "tuning.py": "demo --steps 2 --batch 2",
     "frontier.py": "--betas 3",
+    "quant.py": "demo --run base --calibration 1",
+    "quant.py save": "--run base --calibration 1",
+    "quant.py ladder": "--run base --calibration 1 --rows fp32 LLM.int8 NF4",
+    "quant.py outliers": "--run base --calibration 1",
     "emergence.py": "shots --steps 2 --asked 10",
     "emergence.py shots": "--steps 2 --asked 10",
     "emergence.py thought": "--steps 2 --asked 1 --votes 1 --seeds 1 --digits 1",
@@ -199,6 +212,8 @@ def workplace(tmp_path_factory):
         "--tokenizer.vocab-size 400 --model.norm-eps 1e-6"
     )
     assert tried(base, folder, TINY["train.py"] + " --model.context 1024") == 0
+    tuned = "python train.py --base base --name tuned --adapter.kind lora --data.path book.txt"
+    assert tried(tuned, folder, "--steps 2 --batch 2") == 0
     gpt2 = replace(PRESETS["gpt2"], dim=16, layers=1, heads=2, context=16, vocab_size=257)
     Transformer(gpt2).save(folder / "path/to/folder")
     BPE.bytes().save(folder / "path/to/folder/tokenizer.json")

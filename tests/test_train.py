@@ -1,6 +1,7 @@
 """Laws of train.py: resuming, interrupting, settings, and what bad input gets."""
 
 import gc
+import importlib
 import json
 import os
 import re
@@ -24,8 +25,6 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from models import shaken
 
-import generate
-import train
 import writer
 from data import DataConfig, TokenizerConfig, prepare
 from guard import GuardConfig, Skip
@@ -76,7 +75,7 @@ def run(script, *arguments, largest=-1):
 
     Files may have at most `largest` bytes.
     """
-    scripts = {"train.py": train.script, "generate.py": generate.script}
+    module = importlib.import_module(script.removesuffix(".py"))
     out, err, status, threads = StringIO(), StringIO(), 0, torch.get_num_threads()
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, -1))
     torch.set_num_threads(1)
@@ -86,7 +85,7 @@ def run(script, *arguments, largest=-1):
             patch.object(sys, "argv", [script, *arguments]),
             patch("train.matmul_peak", return_value=1e9),
         ):  # fmt: skip
-            main(scripts[script])
+            main(module.script)
     except SystemExit as stop:
         status = stop.code
     finally:
