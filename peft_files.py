@@ -10,7 +10,7 @@ Where their module holds several of our matrices (GPT-2's c_attn: query, key and
 of these become one, whose A are those of all below each other, and whose B a row of blocks. Ours
 say in the file of which weights they are the adapter, by a hash, and go on no others.
 
-Run: python writer.py --run tuned --adapter --out folder     an adapter that was trained here
+Run: python writer.py --run tuned --adapter --out adapter    an adapter that was trained here
      python generate.py --run base --adapter folder             and what its base says with it
 
 Letters: R rank · P tokens · L layers · K key-value heads · D head width · C model width.
