@@ -48,7 +48,7 @@ class Grid(NamedTuple):
     def codes(self, W: Tensor) -> Tensor:
         """The nearest codes to W (N K), halves to even; where a scale is 0, that of 0."""
         scale, zero = spread(self.scale, self.group).to(wide(W)), spread(self.zero, self.group)
-        codes = (W.to(scale) / scale.where(scale > 0, 1)).round() + zero
+        codes = (W.to(scale) / scale).where(scale > 0, 0).round() + zero
         return codes.clamp(self.low, self.high).to(self.zero.dtype)
 
     def values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,7 +163,7 @@ class NormalFloat(NamedTuple):
     def codes(self, W: Tensor) -> Tensor:
         """The nearest levels' numbers to W (N K), uint8; where a scale is 0, that of 0."""
         scale, levels = spread(self.scale, self.group).to(wide(W)), NF4.to(W.device, wide(W))
-        share = W.to(scale) / scale.where(scale > 0, 1)
+        share = (W.to(scale) / scale).where(scale > 0, 0)
         return torch.bucketize(share, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
     def values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

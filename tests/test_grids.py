@@ -135,6 +135,22 @@ def test_rows_of_zeros_and_of_extreme_numbers(b, per, size, seed):
             assert not isinstance(grid, Grid) or not grid.codes(W)[:2].any()
 
 
+@given(bits, sizes, seeds)
+def test_weights_on_one_side_of_0_have_it_beside_them(b, N, seed):
+    """0 is the first code of those above it, and the last of those below."""
+    W = drawn(seed, N, 5).abs() + 0.1
+    assert not zero_point(W, b).zero.any()
+    assert (zero_point(-W, b).zero == 2**b - 1).all()
+
+
+@given(bits, seeds)
+def test_where_a_step_is_0_all_codes_are_that_of_0(b, seed):
+    """Whatever has become of weights since it was fitted."""
+    W = drawn(seed, 4, 6)
+    for grid, of_0 in ((absmax(0 * W, b), 0), (zero_point(0 * W, b), 0), (nf4(0 * W, 3), 7)):
+        assert (grid.codes(W) == of_0).all()
+
+
 # --- with the kernels -----------------------------------------------------------------------------
 
 
