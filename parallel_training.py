@@ -40,6 +40,7 @@ from model import Transformer
 from objectives import Batch
 from optim import learnt
 from parallel import Part, check, evaluate, update
+from quantized import quantized
 from recompute import recompute
 from run import RUNS, Run, Tensors, UserError, value_of
 from split import Place
@@ -142,6 +143,11 @@ class ParallelTraining(Training):
         self.model = Part(c.model, c.plan, self.mesh, c.adapter)
         if c.base:
             first = first_model(c.model, c.base, c.adapter, c.seed)
+            if quantized(first):
+                raise UserError(
+                    f"the base {c.base} is quantized, and tuning beside it is for one process: "
+                    "leave --plan out, or take the base that it was made of"
+                )
             self.base, weights = frozen_mark(first), dict(first.named_parameters())
             for p in self.model.parameters():
                 p.data.copy_(p.place.of(weights[p.place.name]))

@@ -24,6 +24,7 @@ from model import ModelConfig
 from parallel import Part
 from parallel_training import after_restart, check_copies, check_fits
 from plan import Plan as AutomaticPlan
+from quant import Save, save
 from run import RUNS, Run, UserError, load_tensors
 from training import Train
 
@@ -133,6 +134,16 @@ def test_tuning_under_a_plan_is_the_plain_tuning(ranks, folder):
     train.begin_or_go_on([*TINY, "--name", "plain", *tune], alone)
     go(ranks, folder, Plan(2, 2, 2), "--name", "many", *tune)
     assert losses("many") == pytest.approx(losses("plain"), rel=1e-5)
+
+
+def test_a_quantized_base_is_for_one_process(ranks, folder):
+    alone = Group([0], "", Counter())
+    train.begin_or_go_on([*TINY, "--name", "base", "--steps", "1"], alone)
+    save(Save(run="base", device="cpu", method="rtn", group=0, name="small"))
+    tune = ["--base", "small", "--adapter.kind", "lora", "--name", "many"]
+    said = ranks.run(trained, folder, Plan(2), tune, timeout=120)
+    assert all("the base small is quantized" in words for words in said[:2]), said
+    assert not (RUNS / "many").exists()
 
 
 ADAMW = ["--optim.name", "adamw", "--optim.schedule", "constant", "--optim.warmup", "0"]

@@ -153,6 +153,15 @@ def test_nearest_codes_need_no_text_and_say_the_same_with_some():
 
 
 @given(seeds)
+def test_the_largest_input_is_that_of_all_texts(seed):
+    x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(seed))
+    inputs = Inputs(5, x.device)
+    for batch in x.split(2):
+        inputs.add(batch)
+    assert torch.equal(inputs.largest, x.abs().amax((0, 1)))
+
+
+@given(seeds)
 def test_outliers_are_the_features_that_reach_six(seed):
     model, batches = correlated(seed)
     model.embedding.data[:, 3] += 5
