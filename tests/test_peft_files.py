@@ -153,6 +153,15 @@ def test_and_with_its_rows(peft, tmp_path, kind, what):
     assert_close(ours_says(model, ids), they_say(theirs.eval(), ids, kind)[:, -5:], 2e-5)
 
 
+def test_a_prefix_is_as_wide_as_its_settings_say(tmp_path):
+    """Where there are fewer key-value heads, PEFT overrules a wrong width; others need not."""
+    save_adapter(spoken(ROWS[0], "llama"), tmp_path / "a")
+    said = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    rows = load_file(tmp_path / "a/adapter_model.safetensors")["prompt_embeddings"]
+    assert rows.shape == (said["num_virtual_tokens"], 2 * said["num_layers"] * said["token_dim"])
+    assert said["num_attention_heads"] == SHAPES["llama"].kv_heads < SHAPES["llama"].heads
+
+
 def test_several_adapters_stand_on_one_base(tmp_path):
     for i in range(2):
         save_adapter(spoken(LORAS[0], "llama", i), tmp_path / str(i))

@@ -1,5 +1,6 @@
 """Prefix and prompt tuning: what real tokens would have said, said by numbers of their own."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -16,12 +17,13 @@ from attention import Mask, document_mask
 from certificate import LAWS, MODEL, OPTIM, batches_of, differences, together
 from generate import Sampling, generate
 from lora import Adapter, plain
-from mesh import Plan
+from mesh import Group, Plan
 from model import PRESETS, ModelConfig, Transformer
 from optim import build, learnt
 from parallel import check
 from recompute import recompute
 from run import UserError, generator
+from split import Cut, Place, split_block
 from step import update as plain_update
 from tokenizer import KINDS
 
@@ -224,6 +226,19 @@ def test_any_plan_computes_what_one_process_computes(ranks, how, plan):
     assert all(apart[what] <= law for what, law in LAWS.items()), apart
 
 
+@pytest.mark.parametrize("how", HOWS, ids=lambda how: how.kind)
+def test_each_part_of_a_block_has_the_keys_and_values_of_its_heads(how):
+    """Where one process has several parts, too."""
+    model, text = drawn(DECODER, 0), tokens(DECODER, 3, 6)
+    adapt(model, how, 0)
+    whole = model(text)
+    for name, p in model.named_parameters():
+        p.place = Place(name, tuple(p.shape))
+    for block in model.layers:
+        split_block(block, Cut(Group([0], "", Counter()), 2))
+    assert_close(model(text), whole, 1e-12)
+
+
 # --- what cannot be -------------------------------------------------------------------------------
 
 
@@ -242,3 +257,9 @@ def test_settings_that_cannot_be():
         adapt(Transformer(replace(ARCHS["encoder"], dropout=0.1)), Adapter("prompt"))
     with pytest.raises(UserError, match="has no MLP"):
         Adapter("prompt", hidden=3)
+
+
+def test_an_encoder_s_prompt_is_not_for_rows_of_several_texts():
+    model = before("prompt", drawn(ARCHS["encoder"], 0), tokens(DECODER, 3))
+    with pytest.raises(UserError, match="needs rows with one text each"):
+        model(tokens(DECODER, 1, 5), mask=document_mask(torch.tensor([[0, 0, 0, 3, 3]])))
