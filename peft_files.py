@@ -11,7 +11,7 @@ of these become one, whose A are those of all below each other, and whose B a ro
 say in the file of which weights they are the adapter, by a hash, and go on no others.
 
 Run: python writer.py --run tuned --adapter --out adapter    an adapter that was trained here
-     python generate.py --run base --adapter folder             and what its base says with it
+     python generate.py --run base --adapter adapter            and what its base says with it
 
 Letters: R rank · P tokens · L layers · K key-value heads · D head width · C model width.
 """

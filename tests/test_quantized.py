@@ -243,12 +243,12 @@ def test_every_dtype_computes_about_the_same(how, dtype):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("product", [int4_linear_obvious, int4_linear_triton])
 def test_the_kernel_of_four_bits_reads_them_as_they_lie(group, symmetric, product):
-    """Whole rows, too, which end before a block of 128 does."""
-    W, x = drawn(3, (24, 256 if group else 136), (5, 256 if group else 136))
-    linear = some(W, Packed(4, group, symmetric))
-    want = linear(x)
-    got = product(x.to(DEVICE), *linear.to(DEVICE).for_kernel(x.dtype))
-    assert_close(got, want, 1e-5)
+    """To the bit, one feature at a time; whole rows, too, which end before a block of 128 does."""
+    K = 256 if group else 136
+    (W,) = drawn(3, (24, K))
+    linear = some(W, Packed(4, group, symmetric)).to(DEVICE)
+    x = torch.eye(K, device=DEVICE)
+    assert torch.equal(product(x, *linear.for_kernel(x.dtype)), linear.dense().T)
     assert some(W[:, :48], Packed(4, 24)).kernel_group() == 0  # unknown to it: a matrix is made
 
 
