@@ -15,11 +15,13 @@ seeds = st.integers(0, 2**31 - 1)
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on
 
 
-def normals(seed: int, *shapes: tuple[int, ...], dtype=torch.float64) -> list[torch.Tensor]:
-    """Normal tensors of the given shapes, each with a gradient."""
+def normals(
+    seed: int, *shapes: tuple[int, ...], dtype=torch.float64, device="cpu"
+) -> list[torch.Tensor]:
+    """Normal tensors of the given shapes, each with a gradient; the same on every device."""
     rng = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype).requires_grad_()
+        torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype).requires_grad_()
         for shape in shapes
     ]
 
@@ -41,6 +43,13 @@ def assert_close(got, want, bound: float = 1e-12) -> None:
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+
+
+def on_device(x):
+    """A tensor of the CPU on DEVICE, where kernels run; anything else as it is."""
+    return x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
+
+
 LOW = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # see kernels/launch.py
 
 

@@ -197,7 +197,7 @@ def test_bad_input_is_refused():
     refused(r"vs\[1\] is torch.float16", put("vs", torch.zeros(5, dtype=torch.float16)))
     refused(r"grads\[1\] is torch.float16", put("grads", torch.zeros(5, dtype=torch.float16)))
     refused(r"grads\[1\] is \(4,\)", put("grads", torch.zeros(4)))
-    refused(r"ms\[1\] is \(5,\) with strides", put("ms", torch.zeros(10)[::2]))
+    refused(r"ms\[1\] is \(5,\) with strides", put("ms", torch.zeros(10, device=DEVICE)[::2]))
     refused(r"grads\[1\] is on meta", lambda l: l["grads"].__setitem__(1, l["grads"][1].to("meta")))
     refused(r"grads\[0\] is on meta", lambda l: l.update(grads=[g.to("meta") for g in l["grads"]]))
     refused("supported are", lambda l: l.update(grads=[g.double() for g in l["grads"]]))

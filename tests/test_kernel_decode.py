@@ -13,6 +13,7 @@ from helpers import (
     far,
     layouts,
     normals,
+    on_device,
     seeds,
     strided,
 )  # fmt: skip
@@ -152,9 +153,10 @@ BAD = {
 def test_bad_input_gets_one_sentence(words):
     bad = dict(BAD[words])
     T, H, D = bad.pop("T", 1), bad.pop("H", 2), bad.pop("D", 16)
-    q = torch.zeros(1, H, T, D, dtype=bad.pop("dtype", torch.float32))
-    k = torch.zeros(1, 2, 5, D)
-    mask = Mask(torch.zeros(1, T).long(), torch.zeros(1, T).long(), **bad)
+    q = on_device(torch.zeros(1, H, T, D, dtype=bad.pop("dtype", torch.float32)))
+    k = on_device(torch.zeros(1, 2, 5, D))
+    bad = {"lo": torch.zeros(1, T).long(), "hi": torch.zeros(1, T).long(), **bad}
+    mask = Mask(**{name: on_device(x) for name, x in bad.items()})
     with pytest.raises(ValueError, match=words):
         decode_triton(q, k, k, mask, 1.0)
 

@@ -90,20 +90,20 @@ def test_numbers_more_than_two_billion_apart():
 
 
 def test_bad_input_gets_one_sentence():
-    x, y = torch.zeros(2, 3), torch.zeros(2, 4)
+    x, y = torch.zeros(2, 3, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
     with pytest.raises(ValueError, match="gate"):
         e.swiglu_triton(x, y)
     with pytest.raises(ValueError, match="gate"):
         e.swiglu_triton(x, x.half())
     with pytest.raises(ValueError, match=r"x is torch\.int64"):
         e.gelu_triton(x.long())
-    q = torch.zeros(1, 2, 1, 6)
+    q = torch.zeros(1, 2, 1, 6, device=DEVICE)
     with pytest.raises(ValueError, match="cos"):
         e.rotate_pair_triton(q, q, x, x)
     with pytest.raises(ValueError, match="even D"):
         e.rotate_pair_triton(q[..., :5], q[..., :5], x, x)
-    angles = torch.zeros(1, 2, 3)
-    for k in (torch.zeros(1, 3, 1, 6), q[..., :4], q.half()):
+    angles = torch.zeros(1, 2, 3, device=DEVICE)
+    for k in (torch.zeros(1, 3, 1, 6, device=DEVICE), q[..., :4], q.half()):
         with pytest.raises(ValueError, match="of one dtype"):
             e.rotate_pair_triton(q, k, angles, angles)
     with pytest.raises(ValueError, match="sin"):  # one for each sample, and one for all
@@ -111,7 +111,7 @@ def test_bad_input_gets_one_sentence():
 
 
 def test_two_runs_give_the_same_bits():
-    up, gate = normals(0, (7, 9), (7, 9), dtype=torch.float16)
+    up, gate = normals(0, (7, 9), (7, 9), dtype=torch.float16, device=DEVICE)
     first, second = (results(e.swiglu_triton, (up, gate)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

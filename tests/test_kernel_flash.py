@@ -14,6 +14,7 @@ from helpers import (
     far,
     layouts,
     normals,
+    on_device,
     poisoned,
     results,
     seeds,
@@ -103,9 +104,10 @@ def test_every_extra_for_each_head_or_for_all(extras, seed):
 
 
 def test_one_key_has_all_the_weight():
-    q, k, v = normals(0, *[(1, 1, 1, 16)] * 3, dtype=torch.float32)
-    one = Mask(torch.zeros(1, 1).long(), torch.zeros(1, 1).long())
-    assert torch.equal(attend_triton(q, k, v, one, 1.0), v)
+    q, k, v = normals(0, *[(1, 1, 1, 16)] * 3, dtype=torch.float32, device=DEVICE)
+    one = Mask(*[torch.zeros(1, 1, device=DEVICE).long()] * 2)
+    ulps = 0 if DEVICE == "cpu" else 2  # a GPU fuses x · log₂e − max, which then is not quite 0
+    torch.testing.assert_close(attend_triton(q, k, v, one, 1.0), v, rtol=ulps * 2**-23, atol=0)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -124,18 +126,19 @@ def test_large_scores(dtype):
 
 
 def test_two_runs_give_the_same_bits():
-    q, k, v, bias = normals(0, *[(1, 2, 50, 16)] * 3, (1, 1, 50, 50), dtype=torch.float16)
+    shapes = [(1, 2, 50, 16)] * 3
+    inputs = normals(0, *shapes, (1, 1, 50, 50), dtype=torch.float16, device=DEVICE)
     mask = intervals(0, 1, 50, 50, "causal")
     f = attention(attend_with_lse_triton)
-    first, second = (results(f, [q, k, v, bias], mask, 0.25) for _ in range(2))
+    first, second = (results(f, inputs, mask, 0.25) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("B, T, S", [(1, 0, 5), (1, 5, 0), (0, 5, 5)])
 def test_nothing_to_look_at_gives_zeros(B, T, S):
     shapes = (B, 2, T, 16), (B, 2, S, 16), (B, 2, S, 16), (1, 1, T, S)
-    inputs = normals(0, *shapes, dtype=torch.float32)
-    mask = Mask(torch.zeros(1, T).long(), torch.full((1, T), 9))
+    inputs = normals(0, *shapes, dtype=torch.float32, device=DEVICE)
+    mask = Mask(*(torch.full((1, T), end, device=DEVICE) for end in (0, 9)))
     with poisoned():
         out, lse = attention(attend_with_lse_triton)(*inputs, mask, 1.0)
         grads = torch.autograd.grad(out.sum(), inputs)
@@ -158,14 +161,14 @@ def test_on_a_cpu_torch_computes_it(extras):
 
 
 def test_a_block_of_the_layout_may_be_larger_than_all_there_is():
-    inputs = normals(0, (1, 2, 20, 16), *[(1, 1, 40, 16)] * 2, dtype=torch.float32)
+    inputs = normals(0, (1, 2, 20, 16), *[(1, 1, 40, 16)] * 2, dtype=torch.float32, device=DEVICE)
     mask = intervals(0, 1, 20, 40, "causal")
     mask = replace(mask, layout=torch.ones(1, 1, 1, dtype=torch.bool, device=DEVICE), block=256)
     assert_as_good_as_torch(attend_triton, attend_obvious, inputs, mask, 0.25)
 
 
 def test_the_widest_head():
-    inputs = normals(0, *[(1, 1, 20, 256)] * 3, dtype=torch.float16)
+    inputs = normals(0, *[(1, 1, 20, 256)] * 3, dtype=torch.float16, device=DEVICE)
     mask = intervals(0, 1, 20, 20, "causal")
     assert_as_good_as_torch(attend_triton, attend_obvious, inputs, mask, 1 / 16)
 
@@ -213,8 +216,9 @@ def test_bad_input_gets_one_sentence(words):
     bad = dict(BAD[words])
     B, D, H, scale = bad.pop("B", 1), bad.pop("D", 16), bad.pop("H", 2), bad.pop("scale", 1.0)
     shapes = {"q": (B, H, 5, D), "k": (B, 2, 5, D), "v": (B, 2, bad.pop("of_v", 5), D)}
-    x = {n: torch.zeros(shapes[n], dtype=bad.pop(n, torch.float32)) for n in shapes}
-    mask = Mask(**{"lo": torch.zeros(1, 5).long(), "hi": torch.zeros(1, 5).long(), **bad})
+    x = {n: on_device(torch.zeros(shapes[n], dtype=bad.pop(n, torch.float32))) for n in shapes}
+    bad = {"lo": torch.zeros(1, 5).long(), "hi": torch.zeros(1, 5).long(), **bad}
+    mask = Mask(**{name: on_device(x) for name, x in bad.items()})
     with pytest.raises(ValueError, match=words):
         attend_triton(**x, mask=mask, scale=scale)
 

@@ -9,6 +9,7 @@ from helpers import (
     assert_close,
     far,
     layouts,
+    on_device,
     results,
     seeds,
     strided,
@@ -209,12 +210,12 @@ BAD = {
 def test_bad_input_gets_one_sentence(words):
     bad = dict(BAD[words])
     H, M, D = bad.pop("H", 2), bad.pop("M", 3), bad.pop("D", 4)
-    q, k = torch.zeros(1, H, 5, M), torch.zeros(1, 2, 5, M)
-    v = torch.zeros(1, 2, 5, D, dtype=bad.pop("dtype", torch.float32))
+    q, k = (torch.zeros(1, heads, 5, M, device=DEVICE) for heads in (H, 2))
+    v = torch.zeros(1, 2, 5, D, dtype=bad.pop("dtype", torch.float32), device=DEVICE)
     inputs = [x.double() if bad.get("double") else x for x in (q, k, v)]
     bad.pop("double", None)
     with pytest.raises(ValueError, match=words):
-        linear_attention_triton(*inputs, **bad)
+        linear_attention_triton(*inputs, **{name: on_device(x) for name, x in bad.items()})
     with pytest.raises(ValueError, match="must be"):
         linear_attention_triton(q, k, v[:, :, :4])
 

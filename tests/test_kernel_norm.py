@@ -11,6 +11,7 @@ from helpers import (  # fmt: skip
     far,
     layouts,
     normals,
+    on_device,
     results,
     seeds,
     strided,
@@ -79,14 +80,14 @@ def test_triton_is_as_good_as_torch(
 
 
 def test_only_the_sum_is_used():
-    x, branch, w = normals(0, (3, 5), (3, 5), (5,), dtype=torch.float32)
+    x, branch, w = normals(0, (3, 5), (3, 5), (5,), dtype=torch.float32, device=DEVICE)
     total, _ = norm.add_rmsnorm_triton(x, branch, w, 1e-5)
     dx, dbranch = torch.autograd.grad(total.sum(), (x, branch))
     assert (dx == 1).all() and (dbranch == 1).all()
 
 
 def test_two_runs_give_the_same_bits():
-    x, w, b = normals(0, (50, 33), (33,), (33,), dtype=torch.float16)
+    x, w, b = normals(0, (50, 33), (33,), (33,), dtype=torch.float16, device=DEVICE)
     first, second = (results(norm.layernorm_triton, (x, w, b), 1e-5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -115,6 +116,7 @@ def test_rows_more_than_two_billion_numbers_apart():
     ],
 )
 def test_bad_input_gets_one_sentence(words, x, branch, w, b):
+    x, branch, w, b = map(on_device, (x, branch, w, b))
     with pytest.raises(ValueError, match=words):
         if branch is None:
             norm.layernorm_triton(x, w, b, 1e-5)
@@ -123,7 +125,7 @@ def test_bad_input_gets_one_sentence(words, x, branch, w, b):
 
 
 def test_the_widest_row():
-    inputs = normals(0, (2, norm.WIDEST), (norm.WIDEST,), dtype=torch.float32)
+    inputs = normals(0, (2, norm.WIDEST), (norm.WIDEST,), dtype=torch.float32, device=DEVICE)
     assert_as_good_as_torch(norm.rmsnorm_triton, norm.rmsnorm_obvious, inputs, 1e-5)
 
 
