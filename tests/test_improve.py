@@ -239,6 +239,15 @@ def test_each_time_through_a_round_has_an_order_of_its_own():
 # --- nothing depends on how it is dealt out -------------------------------------------------------
 
 
+def agree(rows, again):
+    """Numbers of each step, but for how many pairs DPO orders at first: all margins are 0 there,
+    and rounding decides."""
+    for step, (one, other) in enumerate(zip(rows, again, strict=True)):
+        assert one.keys() == other.keys()
+        names = one.keys() - ({"ordered"} if step == 0 else set())
+        assert all(abs(one[n] - other[n]) <= 1e-12 * max(1, abs(one[n])) for n in names)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_micro_batches_change_nothing(kind, batch):
@@ -246,9 +255,7 @@ def test_micro_batches_change_nothing(kind, batch):
     whole, rows = after(kind)
     cut, again = after(kind, replace(config, batch=batch))
     assert far(whole, cut) < 1e-12
-    for one, other in zip(rows, again, strict=True):
-        assert one.keys() == other.keys()
-        assert all(abs(one[n] - other[n]) <= 1e-12 * max(1, abs(one[n])) for n in one)
+    agree(rows, again)
 
 
 def on_rank(kind, size):
@@ -265,8 +272,7 @@ def test_processes_change_nothing(ranks, kind, size):
     assert len(found) == size
     for theirs, again in found:
         assert far(whole, theirs) < 1e-12
-        for one, other in zip(rows, again, strict=True):
-            assert all(abs(one[n] - other[n]) <= 1e-12 * max(1, abs(one[n])) for n in one)
+        agree(rows, again)
 
 
 @pytest.mark.parametrize("kind", KINDS)

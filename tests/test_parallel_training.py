@@ -106,15 +106,20 @@ PLANS = [
     (Plan(2, 2, 2, zero=1), ["--optim.name", "muon"]),
 ], ids=str)  # fmt: skip
 def test_a_run_under_a_plan_is_the_plain_run(ranks, folder, plan, more):
-    """The same losses, checkpoints by the same names and shapes, and one set of files."""
-    arguments = ["--steps", "6", *ADAMW, *more]
+    """The same losses, checkpoints by the same names and shapes, and one set of files.
+
+    Muon for fewer steps: it makes a gradient's smallest directions, which are rounding, as large
+    as the others, and the next gradients hang on them.
+    """
+    steps = 2 if "muon" in more else 6
+    arguments = ["--steps", str(steps), *ADAMW, *more]
     train.begin_or_go_on([*TINY, "--name", "plain", *arguments], Group([0], "", Counter()))
     go(ranks, folder, plan, "--name", "many", *arguments)
     close = 2e-3 if "bfloat16" in more else 1e-5
     assert losses("many") == pytest.approx(losses("plain"), rel=close)
     held = [[r["held_out_loss"] for r in Run.open(n).metrics()[-1:]] for n in ("plain", "many")]
     assert held[0] == pytest.approx(held[1], rel=close)
-    plain, many = ended("plain", 6), ended("many", 6)
+    plain, many = ended("plain", steps), ended("many", steps)
     assert plain.keys() == many.keys()
     for name, x in plain.items():
         assert many[name].dtype == x.dtype
