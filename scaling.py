@@ -10,6 +10,8 @@ a product, written out, as a function of the settings alone.
 
 Run: python scaling.py        every published model in one table; what 4.6 million USD imply
      python scaling.py cost --model.preset gpt3-175b --tokens 300e9 --devices 1024
+     python scaling.py run    runs of many sizes, their law, and what larger ones will reach: see
+                              budgets.py, also for fit, forecast and judge
 
 Papers: Kaplan et al. 2020 (arXiv 2001.08361, section 2.1); Rajbhandari et al. 2020, ZeRO (arXiv
 1910.02054); Narayanan et al. 2021, Megatron-LM (arXiv 2104.04473); Korthikanti et al. 2022,
@@ -21,10 +23,12 @@ D head width · F feed-forward width · V vocabulary · L layers · N parameters
 """
 
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from math import ceil, inf
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -475,7 +479,13 @@ def show_use(config: Cost, hardware: Hardware) -> str:
     )
 
 
+OF_RUNS = ("run", "fit", "forecast", "judge")  # which stand on this file, and so in another
+
+
 def script() -> None:
+    if sys.argv[1:2] and sys.argv[1] in OF_RUNS:
+        file = Path(__file__).with_name("budgets.py")
+        sys.exit(subprocess.run([sys.executable, str(file), *sys.argv[1:]]).returncode)
     default = Cost(model=preset_in(sys.argv[1:], Cost.model))
     kinds = (
         Annotated[Show, tyro.conf.subcommand("show", default=Show())]

@@ -34,6 +34,7 @@ import tyro
 from tqdm import tqdm
 
 import dry_run
+import forecast
 from adapters import adapt
 from chat import keep_template, knows_roles, with_roles
 from clean import Step
@@ -306,17 +307,27 @@ def one_step(training: Training, run: Run, peak: float) -> tuple[dict, str]:
 
 def draw(training: Training, run: Run) -> Path:
     """The run's pictures as they are now; the path of the first."""
+    if training.config.forecast:
+        forecast.plot(run, training.config.steps)
     if training.config.watch_every:
         plot_scales(run)
     return plot_loss(run, training.corpus.meta["lzma_bits_per_byte"])
 
 
 def stop_if_failing(training: Training, run: Run) -> None:
-    """A UserError, behind a checkpoint, if the held-out loss has left its forecast."""
+    """A UserError, behind a checkpoint, if the held-out loss has left its forecast: that of small
+    runs, if there is one, and that of its own past."""
+    c = training.config
 
     def look() -> str:
+        if c.forecast and c.guard.patience:
+            told, (step, loss) = forecast.read(run.folder / forecast.FILE), forecast.last(run)
+            if why := forecast.outside(told, step, c.steps, loss):
+                draw(training, run)
+                return why
+            run.log(forecast.in_words(told, step, c.steps, loss))
         rows = [(r["step"], r["held_out_loss"]) for r in run.metrics() if "held_out_loss" in r]
-        return failing(rows, training.config.guard.patience)
+        return failing(rows, c.guard.patience)
 
     if why := training.lead(look):
         training.save(run)
@@ -415,6 +426,7 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
     # before the folder: what cannot be leaves nothing
     training = begin(replace(config, base="") if saved else config, corpus, world)
     training.config = config
+    told = training.lead(lambda: told_of(training, run))
     if run is None:
         run = shared(world, lambda: Run.create(config.name, config))
     else:
@@ -422,6 +434,8 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
         with run.writing(run.folder / "config.json"):
             run.keep(config)
     training.lead(lambda: keep_tokenizer(corpus, run))
+    if told:
+        training.lead(lambda: forecast.write(told, run.folder / forecast.FILE))
     peak = matmul_peak(training.device, training.dtype)
     run.log(introduction(training, peak, str(run.folder), changed))
     start = time.perf_counter()
@@ -429,6 +443,22 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
         run.log(f"stopped and saved after step {training.step}; go on with\n  {run.command}")
         sys.exit(130)
     finish(training, run, time.perf_counter() - start)
+
+
+def told_of(training: Training, run: Run | None) -> forecast.Forecast | None:
+    """What was forecast of this run, which keeps it. UserError if that was another one."""
+    c = training.config
+    if not c.forecast:
+        return None
+    if c.objective != "causal":
+        raise UserError("--forecast compares bits per byte, which only --objective causal has")
+    path, N = Path(c.forecast), sum(parameters(c.model).values())
+    if run is not None and not path.is_file():
+        path = run.folder / forecast.FILE
+    told = forecast.read(path)
+    D = training.ramp.seen(c.steps) * training.width
+    forecast.check(told, N, D, training.texts()["held_out"], str(path))
+    return told
 
 
 def keep_tokenizer(corpus: Corpus, run: Run) -> None:

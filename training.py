@@ -85,6 +85,7 @@ class Train:
     )
     plan: Plan = Plan()
     guard: GuardConfig = GuardConfig()
+    forecast: str = ""  # file of scaling.py forecast, which the run is held to while it goes
     evaluate_every: int = 200  # updates between measurements on the held-out documents
     save_every: int = 500  # updates between checkpoints
     dry_run: bool = False  # say what the run would take, after a few updates, and begin none
@@ -134,7 +135,7 @@ MOST = 10**9  # of whatever is counted here
 # What may differ when a run is resumed; of the text it is proved that it is still the same.
 MAY_CHANGE = {
     "name", "resume", "seeds", "dry_run", "steps", "evaluate_every", "save_every", "watch_every",
-    "device", "recompute", "data.path", "guard.patience", "guard.ranks",
+    "device", "recompute", "data.path", "forecast", "guard.patience", "guard.ranks",
     *(f"plan.{field.name}" for field in fields(Plan)),
 }  # fmt: skip
 

@@ -15,10 +15,11 @@ import bugs
 import bugs_adapters
 import bugs_align
 import bugs_parallel
+import bugs_scaling
 import pytest
 from conftest import ROOT
 
-BUGS = bugs.BUGS | bugs_adapters.BUGS | bugs_align.BUGS | bugs_parallel.BUGS
+BUGS = bugs.BUGS | bugs_adapters.BUGS | bugs_align.BUGS | bugs_parallel.BUGS | bugs_scaling.BUGS
 ALL = [
     pytest.param(name, old, new, id=f"{name}-{number}")
     for name, (_, some) in BUGS.items()

@@ -47,8 +47,9 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
         "schedule",
         "ranks",
         "grids",
+        "laws",
     ],
-    ["merges", "vocabulary", "sparse", "tasks", "policy", "gptq"],
+    ["merges", "vocabulary", "sparse", "tasks", "policy", "gptq", "forecast"],
     ["bpe", "frontier", "chat", "positions", "model_files", "data_parallel"],
     ["attention"],
     [
@@ -78,7 +79,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["questions"],
     ["improve"],
     ["dry_run", "parallel_training", "stages"],
-    ["train", "bench", "synthesize", "judge", "chain", "quant"],
+    ["train", "bench", "synthesize", "judge", "chain", "quant", "budgets"],
     ["align"],
     ["emergence", "tuning"],
 ]
@@ -86,6 +87,7 @@ RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
 
 SMALL = "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16"
 IMPROVE = "--run sft --tasks copy --levels 1 --steps 1 --asked 1 --tokens 3"
+BUDGETS = "--name try --widths 16 24 32 --budgets 1e9 3e9 6e9 --least 1"
 # Settings that make each script's work tiny, added behind the command; the last of two flags holds.
 TINY = {
     "train.py": f"--steps 2 --batch 2 {SMALL}",
@@ -94,6 +96,10 @@ TINY = {
     "recompute.py": f"--batch 2 --rounds 1 {SMALL}",
     "data.py": "--tokenizer.vocab-size 300",
     "scaling.py": "",
+    "scaling.py run": BUDGETS,
+    "scaling.py forecast": "--runs try-* --width 32 --steps 200",
+    "scaling.py judge": "--runs try-* --large try-32-* --factor 0.1",
+    "laws.py": "",
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
     "plan.py": "",
