@@ -133,17 +133,23 @@ NEW = "new pairs"  # of operations: compositions that no lesson had
 
 
 def examination(config: Sft, run: str, shots: int) -> list[Result]:
-    """On problems, words and compositions that no lesson had; the compositions together."""
+    """On problems, words and compositions that no lesson had; the compositions together. If the
+    lessons are of some tasks alone, on these."""
     how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60)
     writer, pairs = writer_of(run, "", config.device), tuple(tasks.composed("test"))
+    if config.lessons.tasks and not config.path:
+        own, levels = tuple(dict.fromkeys(config.lessons.tasks)), config.lessons.levels
+        return examined(writer, replace(how, tasks=own, levels=levels, tokens=160))
     some = replace(how, tasks=pairs, count=max(1, config.asked // len(pairs)))
     return [*examined(writer, how), *examined(writer, some, NEW)]
 
 
 def report(config: Sft, found: dict[str, list[Result]]) -> None:
-    """A table and a picture of all examinations, beside the run."""
-    each = zip(*found.values(), strict=True)
-    rows = [(kinds[0].kind, *(f"{r.right:.0%}" for r in kinds)) for kinds in each]
+    """A table and a picture of all examinations, beside the run; - where none of the questions
+    fitted, with four examples, into the context."""
+    right = {name: {r.kind: f"{r.right:.0%}" for r in each} for name, each in found.items()}
+    kinds = dict.fromkeys(r.kind for each in found.values() for r in each)
+    rows = [(kind, *(some.get(kind, "-") for some in right.values())) for kind in kinds]
     means = (f"{mean(each):.0%}" for each in found.values())
     print("\n" + table(("right answers", *found), *rows, ("mean", *means)))
     folder = Run.open(config.name).folder

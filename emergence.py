@@ -226,6 +226,7 @@ class Thought:
     digits: tuple[int, ...] = (1, 2, 3, 4)  # of the numbers to add
     steps: int = 1200  # updates
     seeds: int = 1  # models
+    seed: int = 0  # of the first
     asked: int = 200  # sums of each length
     votes: int = 9  # answers drawn for a vote
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -251,7 +252,7 @@ def taught(config: Thought, seed: int) -> str:
 
 def of_thought(config: Thought) -> None:
     found: dict[str, list[list[examine.Result]]] = {way: [] for way in WAYS}
-    for seed in range(config.seeds):
+    for seed in range(config.seed, config.seed + config.seeds):
         writer = writer_of(taught(config, seed), "", config.device)
         for way, how in WAYS.items():
             how = {**how, "votes": config.votes} if "votes" in how else how

@@ -447,11 +447,11 @@ def show(found: Sequence[Result]) -> str:
 def draw(found: dict[str, Sequence[Result]], path: Path, title: str) -> None:
     """The share of right answers by kind, for each examination a bar, with its interval."""
     colors = ("#9db7d5", "#1f4e8c", "#b5892e", "#2a7f62")
-    kinds = [r.kind for r in next(iter(found.values()))]
+    kinds = list(dict.fromkeys(r.kind for each in found.values() for r in each))
     width = 0.8 / len(found)
     with picture(path, size=(2 + 0.7 * len(kinds), 4.5)) as (axes,):
         for i, (name, each) in enumerate(found.items()):
-            x = [k + (i - (len(found) - 1) / 2) * width for k in range(len(kinds))]
+            x = [kinds.index(r.kind) + (i - (len(found) - 1) / 2) * width for r in each]
             y = [100 * r.right for r in each]
             below = [100 * (r.right - r.low) for r in each]
             far = [below, [100 * (r.high - r.right) for r in each]]

@@ -65,6 +65,8 @@ from run import Run, Tensors, UserError, generator, load_tensors, read_json
 from step import clip
 from writer import Writer, load_weights, unknown
 
+IMPROVED = "-improved"  # in the place of a text's hash: by no text
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -350,7 +352,7 @@ class Improvement:
         for name, module in self.parts.items():
             state |= {f"beside/{name}/{n}": x for n, x in learnt(module).items() if name}
         info = {
-            "text": f"{self.writer.tokenizer.fingerprint}-improved",
+            "text": f"{self.writer.tokenizer.fingerprint}{IMPROVED}",
             "settings": {"model": asdict(self.model.config)},
             "base": frozen_mark(self.model),
         }

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from calibrate import CALIBRATED, Layer, Method, in_order, quantize, run_hooked
 from data import prepare
 from generate import Sampling, generate
+from improve import IMPROVED
 from lora import linears, plain
 from model import Transformer
 from objectives import Batch, objective_for
@@ -90,6 +91,8 @@ def subject(config: OfRun) -> Subject:
     corpus = prepare(how.data, how.tokenizer, words, special=special, most=how.model.context)
     training = Training(replace(how, base="", adapter=type(how.adapter)()), corpus)
     state = read_json(run.newest() / "train_state.json")
+    if state.get("text", "").endswith(IMPROVED):
+        state = {}  # no text is its own
     if any(state.get(name, mark) != mark for name, mark in training.texts().items()):
         raise UserError(f"the text that {run.folder} was trained on is no longer the same")
     rows = [training.rows.take(min(8, config.calibration - i))
@@ -196,6 +199,7 @@ class Save(OfRun, Method):
 def save(config: Save) -> None:
     """A run whose checkpoint holds codes, and in train_state.json what they are."""
     it = subject(config)
+    whole = it.measured(it.writer.model)
     with LiveBytes() as live:
         layers = quantize(it.writer.model, config, it.batches)
     (tensors, kinds), (bits, _) = packed(it.writer.model), size(it.writer.model)
@@ -204,13 +208,14 @@ def save(config: Save) -> None:
     kept = {key: state[key] for key in ("text", "held_out", "settings") if key in state}
     run = Run.create(config.name, it.run.config())
     it.writer.tokenizer.save(run.folder / it.writer.tokenizer.file_name)
-    run.measure(step=step_of(old), **{it.unit.replace(" ", "_"): measure})
+    run.measure(step=step_of(old), **{it.unit.replace(" ", "_"): measure}, whole=whole)
     path = run.save(step_of(old), tensors, {}, kept | {"quantization": kinds})
     groups = sorted({how["group"] for how in kinds.values() if how.get("group")})
+    stored_bytes = (path / "model.safetensors").stat().st_size
     run.log(
         f"{it.run.folder} in {bits:.2f} bits a weight"
         + (f", groups of {' and '.join(map(str, groups))}" if groups else "")
-        + f": {measure:.4f} {it.unit}, {(path / 'model.safetensors').stat().st_size:,} bytes\n"
+        + f": {measure:.4f} {it.unit}, whole {whole:.4f}, {stored_bytes:,} bytes\n"
         f"at most {live.peak / 1e6:.1f} MB beside the model at once"
     )
     if layers:

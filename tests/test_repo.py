@@ -79,7 +79,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     ["questions"],
     ["improve"],
     ["dry_run", "parallel_training", "stages"],
-    ["train", "bench", "synthesize", "judge", "chain", "quant", "budgets"],
+    ["train", "bench", "synthesize", "judge", "chain", "quant", "budgets", "tour"],
     ["align"],
     ["emergence", "tuning"],
 ]
