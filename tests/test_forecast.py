@@ -245,13 +245,13 @@ def faults_and_health():
     """Nine broken runs, each with the share of its steps by which it should be over; 20 healthy
     ones. Beside a grid that is there."""
     found = []
-    for name, words in Grid(budgets=(8e11,), widths=(32, 48, 64)).runs().items():
+    for name, words in Grid(budgets=(5e11,), widths=(32, 48, 64)).runs().items():
         for fault, (_, until) in FAULTS.items():
             steps, last, why = held_to_its_forecast(name, words, fault)
             begun = until if until < 1 else 0
             found.append((fault, name, bool(why) and last <= (begun + 0.1) * steps))
             print(fault, name, f"stopped at {last / steps:.0%}: {why}", flush=True)
-    sizes = Grid(budgets=(4e11, 6e11), widths=(32, 48, 64)).runs().items()
+    sizes = Grid(budgets=(2e11, 4e11), widths=(24, 32, 48)).runs().items()
     for n in range(20):
         name, words = list(sizes)[n % 6]
         _, _, why = held_to_its_forecast(name, words, seed=1 + n // 6)
