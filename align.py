@@ -34,6 +34,7 @@ Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGP
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -88,6 +89,7 @@ class Sft:
     batch: int = 4  # rows in an update
     lr: float = 0.01  # learning rate
     asked: int = 40  # questions of each task in the examinations
+    wording: Literal["new", "known"] = "new"  # of these: words that no lesson had, or the lessons'
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or mps
 
@@ -135,7 +137,8 @@ NEW = "new pairs"  # of operations: compositions that no lesson had
 def examination(config: Sft, run: str, shots: int) -> list[Result]:
     """On problems, words and compositions that no lesson had; the compositions together. If the
     lessons are of some tasks alone, on these."""
-    how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60)
+    how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60,
+                  wording=config.wording)  # fmt: skip
     writer, pairs = writer_of(run, "", config.device), tuple(tasks.composed("test"))
     if config.lessons.tasks and not config.path:
         own, levels = tuple(dict.fromkeys(config.lessons.tasks)), config.lessons.levels
@@ -157,7 +160,8 @@ def report(config: Sft, found: dict[str, list[Result]]) -> None:
         name: [r._asdict() for r in each] for name, each in found.items()
     })  # fmt: skip
     path = folder / "examination.png"
-    examine.draw(found, path, "Problems, words and compositions that no lesson had")
+    new = "words and compositions" if config.wording == "new" else "and compositions"
+    examine.draw(found, path, f"Problems, {new} that no lesson had")
     print(f"\npicture: {path}\nchat:    python generate.py --run {config.name} --chat")
 
 

@@ -3,9 +3,9 @@
 Idea: a number without its range says nothing to someone who sees it for the first time. The ranges
 are those of five seeds, with room around them; a number outside is told, and is no error.
 
-Run: bash tour.sh                   all stages, each followed by
-     python tour.py base            its number
-     python tour.py                 the page of the tour, as far as it has come
+Run: bash tour.sh            all stages, each followed by
+     python tour.py text     its number
+     python tour.py          the page of the tour, as far as it has come
 """
 
 import os
@@ -77,7 +77,7 @@ STAGES = {
     "text": Stage("megabytes of clean text in this Python", megabytes, 1.5, 4, "{:.2f}"),
     "base": Stage("bits per byte of held-out text", lambda t: bits(f"{t}-base"), 0.5, 3, "{:.3f}",
                   "{}-base/loss.png"),
-    "sft": Stage("sums right, after tuning", lambda t: examination(f"{t}-sft", "tuned", "add"),
+    "sft": Stage("new sums right, after tuning", lambda t: examination(f"{t}-sft", "tuned", "add"),
                  0.3, 1, "{:.0%}", "{}-sft/examination.png"),
     "reward": Stage("pairs of answers ordered as people do",
                     lambda t: read_json(RUNS / f"{t}-reward/examination.json")["accuracy"],
@@ -87,7 +87,7 @@ STAGES = {
                  - standing(f"{t}-ppo", "before", "worth"),
                  0.2, 2, "{:+.2f}", "{}-ppo/gauge.png"),
     "lora": Stage("a new task right, by few weights",
-                  lambda t: examination(f"{t}-lora", "tuned", "reverse"), 0.3, 1, "{:.0%}",
+                  lambda t: examination(f"{t}-lora", "tuned", "copy"), 0.3, 1, "{:.0%}",
                   "{}-lora/examination.png"),
     "quant": Stage("held-out loss in four bits, by that in 32", loss_of_bits, 0.98, 1.1, "{:.3f}"),
     "thought": Stage("more sums right step by step than at once", by_thought, 0.2, 1, "{:+.0%}",

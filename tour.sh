@@ -48,7 +48,7 @@ stage base train.py --name "$it-base" --data.mix prose= stories=world:@1 facts=f
 # It goes on with whatever it is given; tuned on conversations, it answers, with its steps or at once.
 stage sft align.py sft --base "$it-base" --name "$it-sft" --lessons.tasks add "look up" absent add add add \
     --lessons.levels 2 3 --lessons.unasked --lessons.turns 1 --lessons.seed "$seed" --batch 16 --steps 700 \
-    --asked 20 --seed "$seed"
+    --asked 40 --wording known --seed "$seed"
 
 # People compare its answers, and a reward model learns what they like.
 stage reward align.py reward --name "$it-reward" --run "$it-sft" "${sums[@]}" --count 1500 --seed "$seed"
@@ -58,9 +58,9 @@ stage ppo align.py ppo --name "$it-ppo" --run "$it-sft" --reward "$it-reward" "$
     --also "look up" absent --steps 25 --asked 50 --tokens 128 --seed "$seed"
 
 # A new task by few weights: LoRA beside the frozen model.
-stage lora align.py sft --base "$it-ppo" --name "$it-lora" --adapter.kind lora --adapter.rank 8 \
-    --lessons.tasks reverse --lessons.levels 1 2 --lessons.count 4000 --lessons.turns 1 --lessons.think 0 \
-    --steps 200 --batch 16 --asked 40 --seed "$seed"
+stage lora align.py sft --base "$it-ppo" --name "$it-lora" --adapter.kind lora --adapter.rank 16 \
+    --adapter.on "*" --lessons.tasks copy --lessons.levels 1 2 --lessons.count 4000 --lessons.turns 1 \
+    --lessons.think 0 --steps 250 --batch 16 --asked 40 --wording known --seed "$seed"
 
 # Four bits a weight instead of 32, each rounding mended by the weights behind it.
 stage quant quant.py save --run "$it-ppo" --name "$it-quant" --method gptq --bits 4 --group 32
@@ -69,7 +69,8 @@ stage quant quant.py save --run "$it-ppo" --name "$it-quant" --method gptq --bit
 stage thought emergence.py thought --digits 1 2 3 --steps 700 --asked 60 --seed "$seed"
 
 # What has come of it: the aligned model, in four bits, examined.
-stage examined examine.py --run "$it-quant" "${sums[@]}" --count 60 --seed "$seed"
+stage examined examine.py --run "$it-quant" "${sums[@]}" --wording known --count 60 --tokens 160 \
+    --seed "$seed"
 
 # And asked.
 printf '\n== a question to the final model\n'

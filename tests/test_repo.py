@@ -103,6 +103,7 @@ TINY = {
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
     "tokenizer.py": "--vocab-size 400",
     "plan.py": "",
+    "tour.py": "",
     "world.py": "",
     "tasks.py": "",
     "planted.py": "--count 30",
@@ -209,6 +210,8 @@ def workplace(tmp_path_factory):
     (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
     better = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(9)]
     (folder / "preferences.jsonl").write_text("\n".join(map(json.dumps, better)))
+    (folder / "runs/tour").mkdir()
+    (folder / "runs/tour/text.txt").write_text("train 7 documents 2,000,000 bytes")
     for side in ("dev", "test"):
         (folder / "mmlu" / side).mkdir(parents=True)
         rows = [f"Why {n}?,a,b,c,d,B\n" for n in range(6)]
@@ -323,6 +326,14 @@ def test_every_file_is_in_the_readme_s_reading_table():
         *(p for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py"),
     ]:
         assert f"`{path.relative_to(ROOT).as_posix()}`" in README, path.name
+
+
+def test_the_example_of_a_fork_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["torch.Size([2,", "8,", "300])"]
 
 
 def test_numbers_in_the_readme_are_those_of_the_code():
