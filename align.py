@@ -89,6 +89,7 @@ class Sft:
     batch: int = 4  # rows in an update
     lr: float = 0.01  # learning rate
     asked: int = 40  # questions of each task in the examinations
+    examined: tuple[str, ...] = ()  # tasks in them; empty: all, and pairs that no lesson had
     wording: Literal["new", "known"] = "new"  # of these: words that no lesson had, or the lessons'
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -96,6 +97,7 @@ class Sft:
     def __post_init__(self):
         if min(self.steps, self.batch, self.asked) < 1:
             raise UserError("--steps, --batch and --asked must be at least 1")
+        tasks.check(self.examined, self.lessons.levels)
         if self.path and self.mix:
             raise UserError("--path stands instead of the lessons, --mix beside them: give one")
 
@@ -135,14 +137,14 @@ NEW = "new pairs"  # of operations: compositions that no lesson had
 
 
 def examination(config: Sft, run: str, shots: int) -> list[Result]:
-    """On problems, words and compositions that no lesson had; the compositions together. If the
-    lessons are of some tasks alone, on these."""
+    """On problems, words and compositions that no lesson had; the compositions together. Or on
+    problems of named tasks alone, at the lessons' levels."""
     how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60,
                   wording=config.wording)  # fmt: skip
     writer, pairs = writer_of(run, "", config.device), tuple(tasks.composed("test"))
-    if config.lessons.tasks and not config.path:
-        own, levels = tuple(dict.fromkeys(config.lessons.tasks)), config.lessons.levels
-        return examined(writer, replace(how, tasks=own, levels=levels, tokens=160))
+    if config.examined:
+        own = replace(how, tasks=config.examined, levels=config.lessons.levels, tokens=160)
+        return examined(writer, own)
     some = replace(how, tasks=pairs, count=max(1, config.asked // len(pairs)))
     return [*examined(writer, how), *examined(writer, some, NEW)]
 

@@ -48,7 +48,7 @@ stage base train.py --name "$it-base" --data.mix prose= stories=world:@1 facts=f
 # It goes on with whatever it is given; tuned on conversations, it answers, with its steps or at once.
 stage sft align.py sft --base "$it-base" --name "$it-sft" --lessons.tasks add "look up" absent add add add \
     --lessons.levels 2 3 --lessons.unasked --lessons.turns 1 --lessons.seed "$seed" --batch 16 --steps 700 \
-    --asked 40 --wording known --seed "$seed"
+    --examined add "look up" --asked 40 --wording known --seed "$seed"
 
 # People compare its answers, and a reward model learns what they like.
 stage reward align.py reward --name "$it-reward" --run "$it-sft" "${sums[@]}" --count 1500 --seed "$seed"
@@ -60,7 +60,7 @@ stage ppo align.py ppo --name "$it-ppo" --run "$it-sft" --reward "$it-reward" "$
 # A new task by few weights: LoRA beside the frozen model.
 stage lora align.py sft --base "$it-ppo" --name "$it-lora" --adapter.kind lora --adapter.rank 16 \
     --adapter.on "*" --lessons.tasks copy --lessons.levels 1 2 --lessons.count 4000 --lessons.turns 1 \
-    --lessons.think 0 --steps 250 --batch 16 --asked 40 --wording known --seed "$seed"
+    --lessons.think 0 --steps 250 --batch 16 --examined copy --asked 40 --wording known --seed "$seed"
 
 # Four bits a weight instead of 32, each rounding mended by the weights behind it.
 stage quant quant.py save --run "$it-ppo" --name "$it-quant" --method gptq --bits 4 --group 32
