@@ -1,7 +1,7 @@
 """What each stage of tour.sh has reached, beside what it should reach; and the tour's page.
 
 Idea: a number without its range says nothing to someone who sees it for the first time. The ranges
-are those of five seeds, with room around them; a number outside is told, and is no error.
+are what runs have given, with room around them; a number outside is told, and is no error.
 
 Run: bash tour.sh            all stages, each followed by
      python tour.py text     its number
@@ -75,25 +75,25 @@ def by_thought(tour: str) -> float:
 
 STAGES = {
     "text": Stage("megabytes of clean text in this Python", megabytes, 1.5, 4, "{:.2f}"),
-    "base": Stage("bits per byte of held-out text", lambda t: bits(f"{t}-base"), 0.5, 3, "{:.3f}",
+    "base": Stage("bits per byte of held-out text", lambda t: bits(f"{t}-base"), 0.6, 1, "{:.3f}",
                   "{}-base/loss.png"),
     "sft": Stage("new sums right, after tuning", lambda t: examination(f"{t}-sft", "tuned", "add"),
-                 0.3, 1, "{:.0%}", "{}-sft/examination.png"),
+                 0.4, 1, "{:.0%}", "{}-sft/examination.png"),
     "reward": Stage("pairs of answers ordered as people do",
                     lambda t: read_json(RUNS / f"{t}-reward/examination.json")["accuracy"],
-                    0.6, 0.95, "{:.0%}"),
+                    0.6, 0.9, "{:.0%}"),
     "ppo": Stage("worth of a drawn answer gained, 0 to 4",
                  lambda t: standing(f"{t}-ppo", "after", "worth")
                  - standing(f"{t}-ppo", "before", "worth"),
-                 0.2, 2, "{:+.2f}", "{}-ppo/gauge.png"),
+                 0.2, 1.5, "{:+.2f}", "{}-ppo/gauge.png"),
     "lora": Stage("a new task right, by few weights",
-                  lambda t: examination(f"{t}-lora", "tuned", "copy"), 0.3, 1, "{:.0%}",
+                  lambda t: examination(f"{t}-lora", "tuned", "copy"), 0.4, 1, "{:.0%}",
                   "{}-lora/examination.png"),
-    "quant": Stage("held-out loss in four bits, by that in 32", loss_of_bits, 0.98, 1.1, "{:.3f}"),
-    "thought": Stage("more sums right step by step than at once", by_thought, 0.2, 1, "{:+.0%}",
+    "quant": Stage("held-out loss in four bits, by that in 32", loss_of_bits, 0.98, 1.05, "{:.3f}"),
+    "thought": Stage("more sums right step by step than at once", by_thought, 0.4, 1, "{:+.0%}",
                      "thought.png"),
     "examined": Stage("sums right, aligned and in four bits",
-                      lambda t: of_results(f"{t}-quant"), 0.6, 1, "{:.0%}",
+                      lambda t: of_results(f"{t}-quant"), 0.7, 1, "{:.0%}",
                       "{}-quant/examination.png"),
 }  # fmt: skip
 
