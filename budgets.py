@@ -8,7 +8,7 @@
 Idea: with 6 N D operations one can train a large model shortly or a small one long, and for each
 budget some size is best. Runs of several budgets show where, and how the lowest places move.
 
-Run: python scaling.py run                        19 runs, eight minutes; a picture of their law
+Run: python scaling.py run                        19 runs, ten to twenty minutes; a picture
      python scaling.py forecast --width 96 --steps 1920
      python scaling.py judge --large "large-*"    larger runs, made by run --name large …
 

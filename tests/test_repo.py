@@ -247,7 +247,7 @@ def tried(command, folder, small=""):
     said = folder / "said.txt" if folder != ROOT else ROOT / ".pytest_said"
     process = FORKED.Process(target=as_a_program, args=(words, folder, said))
     process.start()
-    process.join(200)
+    process.join(400)  # scaling.py run begins eight processes
     process.kill()
     process.join()
     print(said.read_text(encoding="utf-8")[-6000:])
