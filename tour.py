@@ -148,12 +148,14 @@ def report(config: Tour) -> None:
     minutes = sum(kept["seconds"] for kept in done.values()) / 60
     head = ("stage", "number", "expected", "", "took", "what it is")
     print("\n" + table(head, *rows) + f"\n\n{minutes:.1f} minutes in all")
-    answer = folder / "answer.txt"
+    path = folder / "answer.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    answer = [x for x in lines if x.strip(" you") and not x.startswith("/undo")]
     text = [
         f"# The tour: {len(done)} of {len(STAGES)} stages, {minutes:.1f} minutes\n",
         *("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)),
         "\nIts last model, aligned and in four bits, was asked:\n",
-        *(f"> {x}" for x in (answer.read_text().splitlines()[1:] if answer.exists() else ["-"])),
+        *(f"> {x}\n>" for x in answer),
         "", *pages,
     ]  # fmt: skip
     (folder / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")

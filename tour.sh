@@ -73,6 +73,10 @@ stage examined examine.py --run "$it-quant" "${sums[@]}" --wording known --count
     --seed "$seed"
 
 # And asked.
-printf '\n== a question to the final model\n'
-printf '%s\n' "What is 27 plus 58?" | python "$here/generate.py" --run "$it-quant" --chat | tee "runs/$it/answer.txt"
+question="What is 27 plus 58?"
+printf '\n== a question to the final model: %s\n' "$question"
+{
+    printf '%s\n' "$question"
+    printf '%s\n' "$question" | python "$here/generate.py" --run "$it-quant" --chat
+} | tee "runs/$it/answer.txt"
 python "$here/tour.py" report --tour "$it"

@@ -74,7 +74,7 @@ def test_the_tour_goes_on_where_it_was_stopped_and_ends_with_its_page(tmp_path):
     pictures = re.findall(r"\]\((.*?)\)", page)
     assert len(pictures) == sum(bool(stage.picture) for stage in tour.STAGES.values())
     assert all((tmp_path / "runs/tour" / name).is_file() for name in pictures)
-    assert "> you  " in page and "9 of 9 stages" in page
+    assert "> What is 27 plus 58?" in page and "> you  " in page and "9 of 9 stages" in page
 
 
 def test_a_number_outside_its_range_is_told():
