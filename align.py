@@ -162,8 +162,9 @@ def report(config: Sft, found: dict[str, list[Result]]) -> None:
         name: [r._asdict() for r in each] for name, each in found.items()
     })  # fmt: skip
     path = folder / "examination.png"
-    new = "words and compositions" if config.wording == "new" else "and compositions"
-    examine.draw(found, path, f"Problems, {new} that no lesson had")
+    of = "Problems" if config.examined else "Problems and compositions"
+    of += ", in words" if config.wording == "new" else ""
+    examine.draw(found, path, f"{of} that no lesson had")
     print(f"\npicture: {path}\nchat:    python generate.py --run {config.name} --chat")
 
 

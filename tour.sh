@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tour: from raw text to a model that is aligned, quantized and examined, on two cores, without a
-# network, in some twenty minutes. Each stage is a command of the README with smaller settings; the
+# network, in some twenty minutes. Each stage is a command of the project at smaller settings; the
 # number that it reached is printed beside the range that it should lie in (tour.py). A stage that
 # fails ends the tour with its reason; run again, the tour goes on from there.
 #
@@ -41,7 +41,7 @@ sums=(--tasks add --levels 2 3)
 stage text data.py
 
 # A base model: documentation, stories of a small world, its facts, and questions about them.
-stage base train.py --name "$it-base" --data.mix prose= stories=world:@1 facts=facts:@2 quiz=quiz:4000@1 \
+stage base train.py --name "$it-base" --data.mix prose=@1 stories=world:@1 facts=facts:@2 quiz=quiz:4000@1 \
     --model.dim 96 --model.layers 3 --model.context 256 --tokenizer.vocab-size 1024 --batch 16 \
     --steps 400 --seed "$seed"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import pytest
 from conftest import ROOT
 
 import tour
+from data import sources_of
+from train import parse
 
 # Settings that make each stage tiny, added behind its own; the last of two flags holds.
 LESSONS = "--asked 1 --steps 2 --batch 2 --lessons.count 60 --lessons.levels 1"
@@ -75,6 +78,17 @@ def test_the_tour_goes_on_where_it_was_stopped_and_ends_with_its_page(tmp_path):
     assert len(pictures) == sum(bool(stage.picture) for stage in tour.STAGES.values())
     assert all((tmp_path / "runs/tour" / name).is_file() for name in pictures)
     assert "> What is 27 plus 58?" in page and "> you  " in page and "9 of 9 stages" in page
+
+
+def test_the_base_s_own_settings_can_be():
+    """Those that the test above replaces."""
+    (line,) = re.findall(
+        r"^stage base train\.py (.*(?:\\\n.*)*)", (ROOT / "tour.sh").read_text(), re.M
+    )
+    words = shlex.split(line.replace("\\\n", " ").replace("$it", "tour").replace("$seed", "0"))
+    config, *_ = parse(words)
+    names = [source.name for source in sources_of(config.data)]
+    assert names == ["prose", "stories", "facts", "quiz"] and config.steps == 400
 
 
 def test_a_number_outside_its_range_is_told():
