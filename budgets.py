@@ -79,7 +79,7 @@ class Grid:
 
     def __post_init__(self):
         if any(w < 16 or (w % 16 and w != 24) for w in self.widths) or not self.widths:
-            raise UserError("--widths must be multiples of 16, or 24")
+            raise UserError("widths must be multiples of 16, or 24")
         if not all(1e6 <= C <= 1e21 for C in self.budgets) or not self.budgets:
             raise UserError("--budgets must be from 1e6 to 1e21 operations")
         if self.least < 1:
