@@ -83,7 +83,7 @@ def test_the_tour_goes_on_where_it_was_stopped_and_ends_with_its_page(tmp_path):
 def test_the_base_s_own_settings_can_be():
     """Those that the test above replaces."""
     line = (ROOT / "tour.sh").read_text().split("stage base train.py ")[1].split("\n\n")[0]
-    words = shlex.split(line.replace("$it", "tour").replace("$seed", "0"))
+    words = shlex.split(line.replace("\\\n", "").replace("$it", "tour").replace("$seed", "0"))
     config, *_ = parse(words)
     names = [source.name for source in sources_of(config.data)]
     assert names == ["prose", "stories", "facts", "quiz"] and config.steps == 400
