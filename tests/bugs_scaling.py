@@ -19,8 +19,6 @@ BUGS = {
             ("rest = (1 - share) / 2", "rest = 1 - share"),
             ("return 2 * k + floor + 2", "return 2 * k + floor"),
             ("residuals * (n / (n - 2 * k - floor)) ** 0.5", "residuals * 0.5"),
-            ("np.argmin(objective", "np.argmax(objective"),
-            ("y - residuals + drawn, delta", "y + drawn, delta"),
             ("scale = np.exp(terms + alpha * middle)", "scale = np.exp(terms)"),
             ("-shares[..., 1:] * logs", "shares[..., 1:] * logs"),
             ("delta * (size - delta / 2)", "delta * size"),

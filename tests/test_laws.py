@@ -14,6 +14,7 @@ from laws import (
     KAPLAN_C,
     KAPLAN_D,
     KAPLAN_N,
+    Fit,
     Law,
     fit,
     kaplan,
@@ -169,6 +170,18 @@ def coverage(sets, resamples):
             held.append(low <= HOFFMANN.alpha[i] <= high)
             widths.append(high - low)
     return held, np.mean(widths)
+
+
+def test_an_interval_leaves_out_as_much_on_either_side():
+    some = [Law(float(E), (), ()) for E in range(101)]
+    assert Fit(some[0], some, np.zeros(1)).between(lambda law: law.E, 0.9) == pytest.approx((5, 95))
+
+
+def test_resampled_laws_differ_as_laws_of_new_runs_do():
+    """The variance of α within a bootstrap is that between sets of runs."""
+    fits = [fit(*grid(HOFFMANN, seed, 0.005), resamples=60, seed=seed) for seed in range(40)]
+    within = np.mean([np.var([law.alpha[0] for law in f.resampled]) for f in fits])
+    assert 0.6 < within / np.var([f.law.alpha[0] for f in fits]) < 1.6
 
 
 @pytest.mark.slow
