@@ -53,8 +53,11 @@ SHORTEST = 80  # characters: below that a docstring or comment says little
 
 def python_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = (p for p in root.rglob("*.py") if not NOT_PROSE & set(p.relative_to(root).parts))
-    return sorted(files, key=lambda p: p.relative_to(root).as_posix())
+    found = []
+    for folder, inner, files in os.walk(root):
+        inner[:] = (name for name in inner if name not in NOT_PROSE)  # packages can be many
+        found += (Path(folder, name) for name in files if name.endswith(".py"))
+    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
 def standard_library() -> Iterator[Document]:

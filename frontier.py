@@ -112,9 +112,10 @@ def tilted(p: Tensor, q: Tensor, beta: float) -> Tensor:
 # --- the methods ----------------------------------------------------------------------------------
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # log π, log π_old (N L), weights (N) to a loss
+ROUNDS = 1500
 
 
-def improved(policy: Tensor, step: Step, rounds: int = 1500, lr: float = 0.05) -> Tensor:
+def improved(policy: Tensor, step: Step, rounds: int, lr: float = 0.05) -> Tensor:
     """log π of whole responses after rounds of two updates each, with rates that fall to 0.
 
     step is the loss under the weights of the policy that is sampled: all that there is.
@@ -141,7 +142,7 @@ def expected(rewards: Tensor, weights: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def ppo(policy: Tensor, scores: Tensor, beta: float) -> Tensor:
+def ppo(policy: Tensor, scores: Tensor, beta: float, rounds: int = ROUNDS) -> Tensor:
     start = every_log_p(policy)
 
     def step(log_p: Tensor, old: Tensor, weights: Tensor) -> Tensor:
@@ -150,10 +151,10 @@ def ppo(policy: Tensor, scores: Tensor, beta: float) -> Tensor:
         advantages = whiten(gae(rewards, expected(rewards, weights), mask)[0], mask)
         return mean(policy_loss(log_p, old, advantages), mask)
 
-    return improved(policy, step)
+    return improved(policy, step, rounds)
 
 
-def grpo(policy: Tensor, scores: Tensor, beta: float) -> Tensor:
+def grpo(policy: Tensor, scores: Tensor, beta: float, rounds: int = ROUNDS) -> Tensor:
     """With the KL in the reward."""
     start = every_log_p(policy)
 
@@ -162,10 +163,12 @@ def grpo(policy: Tensor, scores: Tensor, beta: float) -> Tensor:
         advantages = group_advantages(whole, weights=weights)[:, None]
         return mean(policy_loss(log_p, old, advantages), weights[:, None] * WHOLE)
 
-    return improved(policy, step)
+    return improved(policy, step, rounds)
 
 
-def grpo_k3(policy: Tensor, scores: Tensor, beta: float, scaled: bool = True) -> Tensor:
+def grpo_k3(
+    policy: Tensor, scores: Tensor, beta: float, rounds: int = ROUNDS, scaled: bool = True
+) -> Tensor:
     """With k3 in the loss."""
     start = every_log_p(policy)
 
@@ -174,16 +177,16 @@ def grpo_k3(policy: Tensor, scores: Tensor, beta: float, scaled: bool = True) ->
         losses = policy_loss(log_p, old, advantages) + beta * k3(log_p, start)
         return mean(losses, weights[:, None] * WHOLE)
 
-    return improved(policy, step)
+    return improved(policy, step, rounds)
 
 
-def dpo(policy: Tensor, scores: Tensor, beta: float) -> Tensor:
+def dpo(policy: Tensor, scores: Tensor, beta: float, rounds: int = ROUNDS) -> Tensor:
     """On all pairs, each preferred as often as Bradley and Terry say."""
     own = every_log_p(policy).sum(1)
     often = torch.sigmoid(scores[:, None] - scores)  # i before j
     policy = policy.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [policy], max_iter=1500, tolerance_grad=1e-10, tolerance_change=1e-14,
+        [policy], max_iter=rounds, tolerance_grad=1e-10, tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 
@@ -221,8 +224,11 @@ class Show:
 
     betas: tuple[float, ...] = (0.3, 1.0, 3.0)
     seed: int = 0
+    rounds: int = ROUNDS  # of two updates each
 
     def __post_init__(self):
+        if self.rounds < 1:
+            raise UserError("--rounds must be at least 1")
         if not self.betas or min(self.betas) < 0.05:
             raise UserError("--betas must be at least 0.05, and some")
 
@@ -262,7 +268,7 @@ def script() -> None:
     points, rows = {name: [] for name in METHODS}, []
     jobs = [(name, beta) for name in METHODS for beta in config.betas]
     for name, beta in tqdm(jobs, "methods", leave=False, disable=None):
-        found = METHODS[name](policy, scores, beta)
+        found = METHODS[name](policy, scores, beta, config.rounds)
         points[name].append(place(found))
         gaps = [kl(found, optimum(start, scores, beta))]
         gaps += [kl(found, ENDS[name](start, scores, beta))] if name in ENDS else []

@@ -8,11 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-# Processes of `pytest -n` share the cores, of which torch would take all in each.
-os.environ.setdefault(
-    "OMP_NUM_THREADS",
-    str(os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1),
-)
+# Processes of `pytest -n` share the cores, of which torch would take all in each. They have this
+# process's environment, so it must be set here; tensors as small as these gain nothing by threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

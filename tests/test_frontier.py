@@ -52,7 +52,7 @@ def test_with_the_kl_in_the_reward_they_end_at_the_optimum(method, beta):
 
 @pytest.mark.parametrize("beta, scaled", [(0.3, True), (1.0, True), (1.0, False)])
 def test_with_k3_in_the_loss_grpo_ends_elsewhere_and_there(beta, scaled):
-    found = grpo_k3(POLICY, SCORES, beta, scaled)
+    found = grpo_k3(POLICY, SCORES, beta, scaled=scaled)
     assert kl(found, with_k3(START, SCORES, beta, scaled)) <= 1e-2
     assert kl(found, optimum(START, SCORES, beta)) > 0.1
     other = with_k3(START, SCORES, beta, not scaled)
