@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 
 seeds = st.integers(0, 2**31 - 1)
-few = settings(max_examples=settings().max_examples // 4)  # for laws that take long
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on
 
 
