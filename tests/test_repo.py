@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bugs import BUGS
+from bugs_kernels import BUGS
 from conftest import ROOT
 
 from bench import Bench
@@ -358,7 +358,10 @@ def test_numbers_in_the_readme_are_those_of_the_code():
     for number in (default, shakespeare, bench):
         assert f"{number:,} parameters" in README
     assert f"{config.steps:,} steps" in README
-    assert f"{sum(len(bugs) for _, bugs in BUGS.values())} of them, in `tests/bugs.py`" in README
+    assert (
+        f"{sum(len(bugs) for _, bugs in BUGS.values())} of them, in `tests/bugs_kernels.py`"
+        in README
+    )
     assert Show().data == config.data
 
 
