@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from forecast import Forecast, Small, curve, evaluations, forecast, law_of, write
-from laws import Valley, optimum, power, valleys
+from laws import Law, Valley, optimum, power, valleys
 from model import ModelConfig
 from run import RUNS, Run, UserError, main, picture, read_json, step_of, table
 from scaling import parameters
@@ -55,13 +55,14 @@ def size(model: ModelConfig) -> int:
     return sum(parameters(model).values())
 
 
-def command(name: str, width: int, steps: int) -> list[str]:
-    """What begins a run of the grid; it is measured twenty times."""
+def command(name: str, width: int, steps: int, path: str) -> list[str]:
+    """What begins a run of the grid, of Python's texts or a path's; it is measured twenty times."""
     c = shape(width)
     sizes = {"--model.dim": c.dim, "--model.layers": c.layers, "--model.heads": c.heads,
              "--steps": steps, "--evaluate-every": max(1, steps // 20),
              "--save-every": steps}  # fmt: skip
-    return ["train.py", "--name", name, *COMMON,
+    own = ["--data.path", path] if path else []
+    return ["train.py", "--name", name, *COMMON, *own,
             *(str(x) for pair in sizes.items() for x in pair)]  # fmt: skip
 
 
@@ -76,6 +77,7 @@ class Grid:
     widths: tuple[int, ...] = (16, 24, 32, 48, 64)
     budgets: tuple[float, ...] = (0.5e11, 1e11, 2e11, 4e11)  # operations, 6 N D
     least: int = LEAST  # updates below which a run is left out
+    path: str = ""  # text to train on: a file, folder or glob; empty: Python's own documentation
 
     def __post_init__(self):
         if any(w < 16 or (w % 16 and w != 24) for w in self.widths) or not self.widths:
@@ -93,7 +95,7 @@ class Grid:
                 steps = max(1, round(C / (6 * size(shape(width))) / UPDATE / 20)) * 20
                 name = f"{self.name}-{width}-{steps}"
                 if steps >= self.least:
-                    found[name] = command(name, width, steps)
+                    found[name] = command(name, width, steps, self.path)
         return found
 
 
@@ -112,6 +114,7 @@ class Told:
     runs: tuple[str, ...] = ("small-*",)  # that say it
     width: int = 96  # of the larger one
     steps: int = 1920  # and its updates
+    path: str = ""  # the text of all these runs, as in run
     out: str = "forecast.json"  # where it is written
 
     def __post_init__(self):
@@ -229,12 +232,11 @@ def show(config: Fitted) -> None:
         k, a = power(C, [v.N for v in lowest])
         scale, slope = power(C, [v.loss for v in lowest])
         print(f"along these N = {k:.3g} · C^{a:.2f}, and L(C) = {scale:.3g} · C^{slope:.3f}")
-    print(f"\npicture: {draw(runs, lowest, RUNS / 'scaling.png')}")
+    print(f"\npicture: {draw(runs, found.law, lowest, RUNS / 'scaling.png')}")
 
 
-def draw(runs: Sequence[Small], lowest: Sequence[Valley], path: Path) -> Path:
+def draw(runs: Sequence[Small], law: Law, lowest: Sequence[Valley], path: Path) -> Path:
     """Left each budget's runs over N, with their parabolas; right all runs over compute."""
-    law = law_of(runs).law
     C = np.array([6 * r.N * r.D for r in runs])
     with picture(path, 2, (12, 4.5)) as (left, right):
         for v in lowest:
@@ -259,7 +261,8 @@ def tell(config: Told) -> None:
     """Write a forecast, and say what begins its run."""
     runs, left, held_out = read(config.runs)
     print(named(left), end="")
-    words = command(f"large-{config.width}-{config.steps}", config.width, config.steps)
+    name = f"large-{config.width}-{config.steps}"
+    words = command(name, config.width, config.steps, config.path)
     begin = shlex.join(["python", *words, "--forecast", config.out])
     N, D = size(shape(config.width)), config.steps * UPDATE
     told = forecast(runs, N, D, begin, held_out)

@@ -16,6 +16,7 @@ Papers: Ouyang et al. 2022, InstructGPT (arXiv 2203.02155); Gao et al. 2023, ove
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -24,11 +25,12 @@ import tasks
 from evaluate import interval
 from gauge import smooth
 from instruct import Lessons
-from run import RUNS, Run, UserError, picture, read_json, table, write_json
+from run import LINES, RUNS, Run, UserError, picture, read_json, table, write_json
 from stages import lessons_file, start, trained
 
 SMALL = ("--model.dim", "96", "--model.layers", "3", "--model.context", "256")
 COLORS = {"sft": "#777777", "ppo": "#1f4e8c", "grpo": "#b5892e", "dpo": "#2a7f62"}
+HATCHES = ("", "//", "..", "xx")
 
 
 def improved(kind: str, name: str, *words: str) -> Run:
@@ -191,11 +193,11 @@ def hack(config: Hack) -> None:
 
 def draw_hack(found: dict[float, list[dict]], path: Path) -> None:
     with picture(path, 3, (15, 4.5)) as panels:
-        looks = zip(found.items(), ("#c8442d", "#1f4e8c", "#2a7f62"), strict=False)
-        for (beta, rows), color in looks:
+        looks = zip(found.items(), ("#c8442d", "#1f4e8c", "#2a7f62"), cycle(LINES), strict=False)
+        for (beta, rows), color, line in looks:
             steps = [row["step"] for row in rows]
             for axes, name in zip(panels, ("reward", "worth", "kl"), strict=True):
-                axes.plot(steps, smooth([row[name] for row in rows]), color=color,
+                axes.plot(steps, smooth([row[name] for row in rows]), line, color=color,
                           label=f"β = {beta:g}")  # fmt: skip
         titles = ("What the reward model says", "What people feel", "KL from what it was, nats")
         for axes, title in zip(panels, titles, strict=True):
@@ -303,8 +305,15 @@ def draw_all(each: dict[str, list[dict]], found: list[dict[str, Run]], path: Pat
     with picture(path, 2, (14, 4.8)) as (bars, ways):
         for i, (kind, some) in enumerate(each.items()):
             y = [100 * sum(s[t] for s in some) / len(some) for t in names]
-            bars.bar([x + (i - 1.5) * 0.2 for x in range(len(names))], y, 0.2,
-                     color=COLORS[kind], label=kind.upper())  # fmt: skip
+            bars.bar(
+                [x + (i - 1.5) * 0.2 for x in range(len(names))],
+                y,
+                0.2,
+                color=COLORS[kind],
+                hatch=HATCHES[i],
+                edgecolor="white",
+                label=kind.upper(),
+            )
         bars.set(title="Right answers to questions that nobody learnt from", ylabel="%",
                  ylim=(0, 105), xticks=range(len(names)))  # fmt: skip
         bars.set_xticklabels(names, rotation=20)

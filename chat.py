@@ -22,10 +22,10 @@ Papers: Ouyang et al. 2022, InstructGPT (arXiv 2203.02155); Wei et al. 2022, FLA
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from objectives import ROLES as SPECIAL
 from run import UserError, write_json
@@ -246,10 +246,15 @@ def posed(question: str, answers: list, letter: str) -> Turns:
 
 def conversations(path: Path) -> Iterator[tuple[str, Turns | str]]:
     """(where it stands, turns), or instead of turns why there are none."""
+    return read(path, turns)
+
+
+def read(path: Path, understood: Callable[[object], Iterable]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, each thing that a record is understood as), or instead why it is none."""
     try:
         for where, record in records(path):
             try:
-                for one in turns(record):
+                for one in understood(record):
                     yield where, one
             except ValueError as error:
                 yield where, str(error)

@@ -33,14 +33,19 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+import bpe
 import chat
 import clean
 import dedup
 import documents
+import merges
 import packing
+import pieces
 import quality
 import redact
 import tasks
+import unigram
+import unigram_learning
 import wordpiece
 import world
 from bpe import BPE
@@ -54,7 +59,8 @@ from tokenizer import KINDS, load
 from vocabulary import END_OF_TEXT, Tokenizer
 
 # What these do decides what the token files hold.
-MADE_BY = (chat, clean, dedup, documents, packing, quality, redact, tasks, world)
+MADE_BY = (bpe, chat, clean, dedup, documents, merges, packing, pieces, quality, redact, tasks,
+           unigram, unigram_learning, wordpiece, world)  # fmt: skip
 CACHE = RUNS / "cache"
 FIXED = {"wordpiece": wordpiece.SPECIAL}  # special tokens that a kind always has
 LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
@@ -308,7 +314,8 @@ def identity(config: DataConfig) -> list:
         files = files_of(source.path, config.form) if source.path else python_files()
         found += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         found += [] if source.path else [sys.version]
-    made_by = [hashlib.blake2b(Path(m.__file__).read_bytes()).hexdigest() for m in MADE_BY]
+    files = [__file__, *(module.__file__ for module in MADE_BY)]
+    made_by = [hashlib.blake2b(Path(file).read_bytes()).hexdigest() for file in files]
     return [asdict(config) | {"packing": ""}, found, made_by]
 
 

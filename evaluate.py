@@ -25,6 +25,7 @@ Letters: N windows · T tokens of a row · V vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, variance
 from typing import Annotated, NamedTuple
@@ -42,7 +43,7 @@ from objectives import causal
 from optim import OptimConfig, build, learning_rate
 from packing import Mixture
 from positions import POSITIONS
-from run import RUNS, Run, UserError, main, picture, table
+from run import LINES, RUNS, Run, UserError, main, picture, table
 from step import LossScale, NotFinite, pick_device, to, update
 
 # --- what all have in common ----------------------------------------------------------------------
@@ -103,9 +104,9 @@ def draw_losses(found: dict[str, list[float]], title: str, path: Path, known: fl
     """A line for each run, and one at what is known from the tokens' frequencies alone."""
     colors = ("#1f4e8c", "#c8442d", "#8a9a2f", "#7d4a9e", "#e39b2d", "#5b8bc9")
     with picture(path) as (axes,):
-        for (name, losses), color in zip(found.items(), colors, strict=False):
+        for (name, losses), color, line in zip(found.items(), colors, cycle(LINES), strict=False):
             steps = range(1, len(losses) + 1)
-            axes.plot(steps, smooth(losses), color=color, linewidth=1.6, label=name)
+            axes.plot(steps, smooth(losses), line, color=color, linewidth=1.6, label=name)
             if not math.isfinite(losses[-1]):
                 last = smooth(losses[:-1])[-1] if losses[1:] else known
                 axes.plot(len(losses), last, "x", color=color, markersize=9)
@@ -256,11 +257,11 @@ def draw_length(found: dict[str, list[Reach]], T: int, path: Path) -> None:
     together, lengths = max(1, T // 2), [n * T for n in MULTIPLES]
     best = min(min(r.at) for runs in found.values() for r in runs)
     with picture(path, 2, (12, 4.8)) as (left, right):
-        for kind, runs in found.items():
+        for (kind, runs), line in zip(found.items(), cycle(LINES), strict=False):
             middle, half = zip(*cells(runs), strict=True)
-            style = {"color": COLORS[kind], "label": kind}
+            style = {"color": COLORS[kind], "label": kind, "linestyle": line}
             bars = None if len(runs) == 1 else half
-            left.errorbar(lengths, middle, bars, fmt="o-", capsize=3, markersize=4, **style)
+            left.errorbar(lengths, middle, bars, marker="o", capsize=3, markersize=4, **style)
             places = torch.stack([r.places for r in runs]).mean(0).view(-1, together).mean(1)
             x = [together * (i + 0.5) for i in range(len(places))]
             right.plot(x, places.tolist(), **style)

@@ -47,6 +47,7 @@ from data import prepare
 from generate import Sampling, generate
 from objectives import objective_for
 from packing import Shards
+from quality import hash_windows
 from run import RUNS, Run, UserError, generator, main, picture, table, write_json
 from tasks import ANSWER, FORM, THINK, final
 from training import stored
@@ -262,7 +263,6 @@ def chosen(
 
 # --- leaks ----------------------------------------------------------------------------------------
 
-MIX = np.uint64(0x9E3779B97F4A7C15)
 RUN = 13  # tokens in a row that nobody writes twice by chance (Brown et al. 2020, appendix C)
 
 
@@ -280,15 +280,8 @@ def leaked(questions: Sequence[Asked], tokenizer: Tokenizer, shards: Shards) -> 
 
 
 def windows(ids: np.ndarray, n: int) -> np.ndarray:
-    """A hash of each n tokens in a row: Σ (id + 1) · m^place modulo 2⁶⁴."""
-    count = max(0, len(ids) - n + 1)
-    found = np.zeros(count, np.uint64)
-    with np.errstate(over="ignore"):
-        for place in range(n):
-            found = (
-                found * np.uint64(0x9E3779B97F4A7C15) + ids[place : place + count] + np.uint64(1)
-            )
-    return found
+    """A hash of each n tokens in a row."""
+    return hash_windows(ids + np.uint64(1), np.arange(max(0, len(ids) - n + 1)), n)
 
 
 def leak_check(run: Run, writer: Writer, questions: Sequence[Asked]) -> str:

@@ -135,8 +135,8 @@ def fit(
     middle = np.log(x).mean(0)
     logs = np.log(x) - middle
     found = descend(starts(logs, y, floor), logs, y, delta, floor)
-    best = found[np.argmin(objective(found, logs, y, delta, floor))]
-    residuals = y - predict(best[None], logs, floor)[0][0]
+    best = found[np.argmin(objective(found, logs, y, delta))]
+    residuals = y - predict(best[None], logs)[0][0]
     residuals = residuals * (n / (n - 2 * k - floor)) ** 0.5
     drawn = np.random.default_rng(seed).choice(residuals - residuals.mean(), (resamples, n))
     again = descend(
@@ -167,7 +167,7 @@ def starts(logs: np.ndarray, y: np.ndarray, floor: bool) -> np.ndarray:
     return np.array(found)
 
 
-def predict(theta: np.ndarray, logs: np.ndarray, floor: bool) -> tuple[np.ndarray, np.ndarray]:
+def predict(theta: np.ndarray, logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """log L̂ (B n), and its derivatives by the numbers of the law (B n 1+2k)."""
     k = logs.shape[1]
     terms = theta[:, None, 1 : 1 + k] - theta[:, None, 1 + k :] * logs  # B n k
@@ -184,11 +184,9 @@ def huber(r: np.ndarray, delta: float) -> np.ndarray:
     return np.where(size <= delta, r * r / 2, delta * (size - delta / 2))
 
 
-def objective(
-    theta: np.ndarray, logs: np.ndarray, y: np.ndarray, delta: float, floor: bool
-) -> np.ndarray:
+def objective(theta: np.ndarray, logs: np.ndarray, y: np.ndarray, delta: float) -> np.ndarray:
     """Σ huber(log L̂ − log L) of each fit (B)."""
-    return huber(predict(theta, logs, floor)[0] - y, delta).sum(-1)
+    return huber(predict(theta, logs)[0] - y, delta).sum(-1)
 
 
 def descend(
@@ -206,7 +204,7 @@ def descend(
         if not len(moving):
             break
         old, target, damp = theta[moving], y[moving], damping[moving]
-        made, J = predict(old, logs, floor)
+        made, J = predict(old, logs)
         r, J = made - target, J[..., free]
         W = delta / np.maximum(np.abs(r), delta)
         H = np.einsum("bnp,bn,bnq->bpq", J, W, J)
@@ -218,7 +216,7 @@ def descend(
         ]
         new[:, 1 + logs.shape[1] :] = new[:, 1 + logs.shape[1] :].clip(0, STEEPEST)
         before = huber(r, delta).sum(-1)
-        after = objective(new, logs, target, delta, floor)
+        after = objective(new, logs, target, delta)
         better = after <= before
         theta[moving[better]] = new[better]
         damping[moving] = np.clip(np.where(better, damp / 4, damp * 4), 1e-9, 1e9)

@@ -130,8 +130,11 @@ class ModelConfig:
                 f"RoPE turns pairs of channels, so --model.dim {self.dim} / --model.heads "
                 f"{self.heads} = {self.head_dim} must be even"
             )
-        if self.window < 1 or self.features < 1:
-            raise UserError("a model has a --model.window of at least 1, and as many features")
+        if min(self.window, self.features) < 1 or min(self.global_blocks, self.random_blocks) < 0:
+            raise UserError(
+                "--model.window and --model.features must be at least 1, --model.global-blocks "
+                "and --model.random-blocks at least 0"
+            )
         if self.block < 16 or self.block & (self.block - 1):
             raise UserError(f"--model.block {self.block} must be a power of 2, at least 16")
         if self.attention == "performer" and self.position in ADDED_TO_SCORES:
@@ -459,15 +462,12 @@ class Transformer(Stack):
         return x.to(dtype or self.embedding.dtype)
 
     def encode(
-        self, ids: Tensor, mask: Mask | None = None, positions: Tensor | None = None,
-        dtype: torch.dtype | None = None, draws: Tensor | None = None,
+        self, ids: Tensor, mask: Mask | None = None, dtype: torch.dtype | None = None,
+        draws: Tensor | None = None,
     ) -> list[KeyValue]:  # fmt: skip
-        """Of an encdec: what each layer of the decoder looks at, made of the source ids (B S).
-
-        The mask defaults to all, positions to 0 … S−1.
-        """
+        """Of an encdec: what each decoder layer looks at, made of ids (B S); no mask shows all."""
         S = ids.shape[1]
-        positions = torch.arange(S, device=ids.device)[None] if positions is None else positions
+        positions = torch.arange(S, device=ids.device)[None]
         mask = mask or full_mask(S, S, ids.device)
         x = self.embed(ids, None, dtype)
         hidden, _ = self.encoder.through(x, positions, mask, draws=draws)

@@ -238,7 +238,7 @@ class Mixture:
         self, shards: Shards, T: int, end_of_text: int, seed: int, parts: Sequence[Part] = (),
         packing: str = "best_fit",
     ):  # fmt: skip
-        """parts: None are all documents as they come; packing: a name in PACKINGS."""
+        """parts: without any, all documents as they come; packing: a name in PACKINGS."""
         self.shards, self.T, self.end_of_text = shards, T, end_of_text
         parts = [p for p in parts or [Part("data", 0, len(shards), 1.0)] if p.weight > 0]
         self.streams = []

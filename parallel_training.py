@@ -332,7 +332,7 @@ def one_voice(world: Group) -> Iterator[None]:
             ) from None
 
 
-def begin(config: Train, corpus: Corpus, world: Group) -> Training:
+def begin(config: Train, corpus: Corpus) -> Training:
     """The state before the first step, of one process or of this one's part."""
     plan = config.plan
     if plan.size == 1 and not plan.exact:

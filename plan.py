@@ -6,8 +6,8 @@ others; their layers are split exactly, by dynamic programming. What does not fi
 its reason, the fastest of the rest is written to a file for train.py.
 
 Run: python plan.py                      BLOOM on 384 A100: its plans, and how far to trust them
-     torchrun --nproc-per-node 8 train.py --plan.file runs/plan.json     train under what was found
-     python plan.py --model.preset gpt3-13b --devices 64 --batch 1024
+     python plan.py --model.preset gpt3-13b --devices 8 --batch 1024
+     torchrun --nproc-per-node 8 train.py --plan.file runs/plan.json …     train under what it found
 
 `--calibrate table.csv` fits the constants to your own measurements. The table has the columns
 hidden, layers, heads, zero, dp, tp, pp, mbs (rows of a micro-batch), gbs (of an update) and sec,

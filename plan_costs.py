@@ -361,12 +361,11 @@ def timing(it: Hardware):
     return lambda c, k: seconds(c, k, it)
 
 
-def calibrated(found: Measured, it: Hardware, start: Constants | None = None):
+def calibrated(found: Measured, it: Hardware) -> tuple[Constants, Room]:
     """Constants of time and of memory, fitted to all rows that say something of them."""
     timed, held = usable(found)
-    begin, usual = start or Constants(), Room()
-    speed = fit(timing(it), only(found.columns, timed), found.seconds[timed], begin)
-    if held.sum() < len(usual):
+    speed = fit(timing(it), only(found.columns, timed), found.seconds[timed], Constants())
+    if held.sum() < len(usual := Room()):
         return speed, usual
     return speed, fit(gigabytes, only(found.columns, held), found.memory[held], usual)
 

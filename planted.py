@@ -25,6 +25,7 @@ import tyro
 import world
 from clean import RECIPES, Item, Store, one_step
 from documents import Document
+from redact import luhn
 from run import RUNS, UserError, generator, main, picture, table
 
 STORIES = 4  # of a document
@@ -95,7 +96,7 @@ def private(text: str, rng: random.Random) -> Planted:
     found = (
         f"{name}.{rng.randrange(1000)}@mail.example.org",
         f"+1 202-555-01{rng.randrange(100):02}",
-        luhn(f"411111{rng.randrange(10**9):09}"),
+        card(f"411111{rng.randrange(10**9):09}"),
         f"8.8.{rng.randrange(1, 255)}.{rng.randrange(1, 255)}",
     )
     marks = tuple(rng.sample(found, 2))
@@ -106,13 +107,9 @@ def private(text: str, rng: random.Random) -> Planted:
     return Planted(" ".join(sentences), "private", marks)
 
 
-def luhn(digits: str) -> str:
+def card(digits: str) -> str:
     """A card's number: the last digit makes the sum right (ISO/IEC 7812-1)."""
-    total = 0
-    for i, digit in enumerate(reversed(digits)):
-        n = int(digit) * (2 if i % 2 == 0 else 1)
-        total += n - 9 if n > 9 else n
-    number = digits + str(-total % 10)
+    number = digits + next(last for last in "0123456789" if luhn(digits + last))
     return " ".join(number[i : i + 4] for i in range(0, len(number), 4))
 
 

@@ -68,15 +68,7 @@ FORMS = (
 
 def read(path: Path) -> Iterator[tuple[str, Ranking | Rating | str]]:
     """(where it stands, what was said), or instead why it cannot be read."""
-    try:
-        for where, record in chat.records(path):
-            try:
-                for one in said(record):
-                    yield where, one
-            except ValueError as error:
-                yield where, str(error)
-    except (OSError, UnicodeDecodeError) as error:
-        yield str(path), f"cannot be read: {error}"
+    return chat.read(path, said)
 
 
 def said(record: object) -> list[Ranking | Rating]:
@@ -339,7 +331,7 @@ class Show:
 
 
 def simulated(seed: int) -> Iterator[Ranking | Rating]:
-    """Of each problem a right answer, its steps, a wrong answer and a rude one."""
+    """Of each problem a right answer, its steps, one that does not know and a rude one."""
     for number, name in enumerate(tasks.PLAIN):
         asked = tasks.problem(name, 1, "train", number, seed)
         rng = random.Random(generator(seed, "preferences", number).initial_seed())

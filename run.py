@@ -507,6 +507,9 @@ def table(*lines: tuple[str, ...]) -> str:
     )
 
 
+LINES = ("-", "--", ":", "-.")  # with which lines differ where colors do not, as in grey
+
+
 @contextmanager
 def picture(path: Path, columns: int = 1, size: tuple[float, float] = (8, 4.5)) -> Iterator[list]:
     """Pairs of axes beside each other, to draw on; in the end a PNG, written whole or not at all.

@@ -116,10 +116,6 @@ def sparse(mask: Mask, S: int, config, pattern: Callable[..., Tensor]) -> Mask:
     whole blocks fits: on a CPU it becomes one of single tokens. ValueError, one sentence.
     """
     block, at = config.block, mask.at
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"--model.block {block} must be a power of 2, at least 16")
-    if config.window < 1:
-        raise ValueError(f"--model.window {config.window} must be at least 1 token")
     if len(at) != 1:
         raise ValueError(
             f"block-sparse attention: mask.at {tuple(at.shape)} must be (1 T): all samples of a "
@@ -160,6 +156,18 @@ class Settings:
     features: int = 256  # of a Performer
     backward: bool = False  # measure forward and backward pass
     rounds: int = 3  # of all kinds in turn; the median is shown
+
+    def __post_init__(self):
+        if not 1 <= self.shortest <= min(self.obvious, self.longest) or self.rounds < 1:
+            raise UserError(
+                "--shortest must be from 1 to --obvious and --longest, --rounds at least 1"
+            )
+        if self.block < 16 or self.block & (self.block - 1):
+            raise UserError(f"--block {self.block} must be a power of 2, at least 16")
+        if min(self.window, self.heads, self.head_dim, self.features) < 1:
+            raise UserError("--window, --heads, --head-dim and --features must be at least 1")
+        if min(self.global_blocks, self.random_blocks) < 0:
+            raise UserError("--global-blocks and --random-blocks must be at least 0")
 
 
 COLORS = {
@@ -271,8 +279,6 @@ def draw(costs: dict[tuple[str, int], Cost], config: Settings, path: Path) -> No
 
 def script() -> None:
     config = tyro.cli(Settings)
-    if not 1 <= config.shortest <= min(config.obvious, config.longest) or config.rounds < 1:
-        raise UserError("--shortest must be from 1 to --obvious and --longest, --rounds at least 1")
     torch.set_num_threads(1)  # then processor time is time, whatever else the machine does
     print(config)
     show(costs := measure(config))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import instruct
 import tasks
+import world
 from data import CACHE
 from instruct import Lessons, lessons, write
 from run import RUNS, Run, UserError, fingerprint, step_of
@@ -79,7 +80,7 @@ def tuned_run(name: str) -> str:
 
 def lessons_file(how: Lessons) -> Path:
     """The lessons as a file, which anybody can look at; made once."""
-    made_by = [Path(module.__file__).read_text() for module in (tasks, instruct)]
+    made_by = [Path(module.__file__).read_text() for module in (tasks, world, instruct)]
     mark = fingerprint({"how": asdict(how), "made by": made_by})[:16]
     path = CACHE / f"lessons-{mark}.jsonl"
     if not path.is_file():

@@ -3,8 +3,7 @@
 Idea: read text, cut it into tokens, and let a transformer guess each next token, a few thousand
 times; after each guess move its weights a little towards what it should have said.
 
-Run: python train.py                      Python's own documentation, a million weights, a few
-minutes
+Run: python train.py                      Python's own documentation, a million weights, minutes
      python train.py --data.path book.txt --steps 3000
      python train.py --model.arch encdec --objective spans     a small T5; encoder, masked: a BERT
      python train.py --name a --seeds 3   three runs, whose seeds differ; then evaluate.py compare
@@ -424,7 +423,7 @@ def train(config: Train, run: Run | None, changed: list[str], world: Group) -> N
     # A run that has saved all its weights needs its base no more.
     saved = run is not None and run.checkpoints() and config.adapter.kind == "none"
     # before the folder: what cannot be leaves nothing
-    training = begin(replace(config, base="") if saved else config, corpus, world)
+    training = begin(replace(config, base="") if saved else config, corpus)
     training.config = config
     told = training.lead(lambda: told_of(training, run))
     if run is None:

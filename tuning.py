@@ -13,7 +13,6 @@ Letters: B batch · n digits · T tokens.
 """
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import nan
@@ -236,7 +235,7 @@ def compare(config: Compare) -> None:
             (way, f"{one['weights']:,}", f"{one['weights'] / one['of']:.2%}",
              f"{one['bytes'] / 2**20:.1f}", f"{sum(e['seconds'] for e in each) / len(each):.0f}",
              *(f"{e['right']:.0%}" for e in each), f"{100 * gains[way]:+.0f}",
-             f"{gains[way] / whole:.0%}")
+             f"{gains[way] / whole:.0%}" if whole else "")
         )  # fmt: skip
     head = ("", "weights", "of all", "MB", "s", *config.tasks, "gain", "of full tuning's")
     print("\n" + table(head, *lines))
@@ -265,8 +264,7 @@ def tuned(config: Compare, base: str, task: str, way: str, how: Examine) -> dict
     (result,) = examined(writer, replace(how, tasks=(task,)))
     moved = sum(p.numel() for p in learnt(writer.model).values())
     whole = count_parameters(writer.model) - (moved if adapter != NONE else 0)
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = sum(line.get("seconds", 0.0) for line in lines)
+    seconds = sum(row.get("seconds", 0.0) for row in run.metrics())
     return {"right": result.right, "low": result.low, "high": result.high, "weights": moved,
             "of": whole, "bytes": 4 * whole + 12 * moved, "seconds": seconds}  # fmt: skip
 

@@ -43,6 +43,7 @@ def autotune(configs: list, key: list[str], interpreted: dict, **how):
     """triton.autotune, but the interpreter, which has no time to measure, takes `interpreted`.
 
     Its blocks are small, so that few numbers already make ragged, masked and several blocks.
+    An argument that no line of a kernel reads is there for `key`, or to prune configurations.
     """
     if INTERPRETED:
         configs, how = [triton.Config(interpreted, pre_hook=configs[0].pre_hook)], {}

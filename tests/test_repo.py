@@ -88,7 +88,7 @@ RUNG = {name: height for height, names in enumerate(LADDER) for name in names}
 
 SMALL = "--model.dim 16 --model.heads 2 --model.layers 1 --model.context 16"
 IMPROVE = "--run sft --tasks copy --levels 1 --steps 1 --asked 1 --tokens 3"
-BUDGETS = "--name try --widths 16 24 32 --budgets 1e9 3e9 6e9 --least 1"
+BUDGETS = "--name try --widths 16 24 32 --budgets 1e9 3e9 6e9 --least 1 --path book.txt"
 # Settings that make each script's work tiny, added behind the command; the last of two flags holds.
 TINY = {
     "train.py": f"--steps 2 --batch 2 {SMALL}",
@@ -98,7 +98,7 @@ TINY = {
     "data.py": "--tokenizer.vocab-size 300",
     "scaling.py": "",
     "scaling.py run": BUDGETS,
-    "scaling.py forecast": "--runs try-* --width 32 --steps 200",
+    "scaling.py forecast": "--runs try-* --width 32 --steps 200 --path book.txt",
     "scaling.py judge": "--runs try-* --large try-32-* --factor 0.1",
     "laws.py": "",
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",

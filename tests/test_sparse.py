@@ -15,6 +15,8 @@ import kernels.attention as blocked
 from attention import full
 from kernels.attention import attend, attend_obvious
 from kernels.mask import Mask, visible
+from model import ModelConfig
+from run import UserError
 from sparse import COLORS, PATTERNS, Settings, bigbird, kinds, longformer, reach
 
 size = st.integers(1, 4)
@@ -265,19 +267,23 @@ def test_the_costs_are_those_of_the_kinds_that_they_are_said_to_be_of():
 # --- what it cannot do ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [Settings, ModelConfig])
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"block": 8}, "--model.block 8 must be a power of 2"),
-        ({"block": 48}, "--model.block 48 must be a power of 2"),
-        ({"window": 0}, "--model.window 0 must be"),
-        ({}, r"mask.at \(2, 5\) must be \(1 T\)"),
+        ({"block": 8}, "block 8 must be a power of 2"),
+        ({"block": 48}, "block 48 must be a power of 2"),
+        ({"window": 0}, "window.* at least 1"),
+        ({"features": 0}, "features"),
+        ({"random_blocks": -1}, "random-blocks"),
     ],
 )
-def test_bad_settings_get_one_sentence(change, words):
-    config = SimpleNamespace(
-        **{"window": 16, "block": 16, "global_blocks": 1, "random_blocks": 1} | change
-    )
-    at = torch.arange(5).expand(1 if change else 2, 5)
-    with pytest.raises(ValueError, match=words):
-        PATTERNS["bigbird"](Mask(0 * at, at, at=at), 5, config)
+def test_bad_settings_get_one_sentence(kind, change, words):
+    with pytest.raises(UserError, match=words):
+        kind(**change)
+
+
+def test_all_samples_must_stand_at_the_same_places():
+    at = torch.arange(5).expand(2, 5)
+    with pytest.raises(ValueError, match=r"mask.at \(2, 5\) must be \(1 T\)"):
+        PATTERNS["bigbird"](Mask(0 * at, at, at=at), 5, Settings())
