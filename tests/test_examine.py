@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import chat
 import examine
+import packing
 import tasks
 from bpe import BPE
 from examine import Asked, Examine, Manner, bootstrap, chosen, examined, log_likelihoods, prompts
@@ -169,9 +170,12 @@ def test_what_cannot_be_asked_is_told(tmp_path, capsys):
         Examine(votes=0)
 
 
-def test_what_was_trained_on_is_found(tmp_path):
-    """A question of which 13 tokens in a row, or all, stand in the training text."""
-    texts = ["The quick brown fox jumps over the lazy dog again.", "Short.", "Nothing of it here."]
+@pytest.mark.parametrize("shard_tokens", [1 << 20, 40])
+def test_what_was_trained_on_is_found(tmp_path, monkeypatch, shard_tokens):
+    """A question of which 13 tokens in a row, or all, stand in the training text, in any file."""
+    monkeypatch.setattr(packing, "SHARD_TOKENS", shard_tokens)
+    texts = ["The quick brown fox jumps over the lazy dog again.", "Short.", "Nothing of it here.",
+             "x" * 70_000 + " At the end of much text there is this."]  # fmt: skip
     shard = ShardWriter(tmp_path, "train", np.dtype(np.uint16), 256)
     for text in texts:
         shard.write(TOKENIZER.encode(text), len(text))
@@ -181,6 +185,7 @@ def test_what_was_trained_on_is_found(tmp_path):
         "Why does a brown dog jump?": False,
         "Short.": True, "Shorter.": False, "Of other things nothing.": False,
         "Short.Nothing of": False,  # across a border
+        "Is much text there where?": True,  # far behind
     }  # fmt: skip
     questions = [Asked("k", text, "") for text in asked]
     found = examine.leaked(questions, TOKENIZER, Shards(tmp_path, "train", meta))

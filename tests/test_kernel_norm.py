@@ -45,6 +45,15 @@ def test_rmsnorm_in_low_precision_is_as_good_as_the_obvious_one(dtype):
     assert_as_good_as_torch(norm.rmsnorm, norm.rmsnorm_obvious, (x, w), 1e-5)
 
 
+def test_squares_beyond_fp16_do_not_overflow():
+    x = 100 * normals(0, (4, 96))[0].detach().half()
+    assert x.float().norm(dim=-1).min() > 65504**0.5
+    ones = torch.ones(96, dtype=torch.float16)
+    for fast in (norm.rmsnorm, norm.rmsnorm_obvious):
+        want = norm.rmsnorm_obvious(x.double(), ones.double(), 1e-5)
+        assert_close(fast(x, ones, 1e-5).double(), want, 5e-3)
+
+
 @pytest.mark.parametrize(
     "name, bias",
     [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from helpers import array, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -319,3 +320,15 @@ def test_the_table_of_presets_counts_every_one(capsys):
         "bloom-176b": "176,247,271,424",
     }.items():  # fmt: skip
         assert rows[name][1] == count
+
+
+@pytest.mark.parametrize("order", ["pre", "deepnorm"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_at_first_all_tokens_are_about_as_likely(order, tied):
+    """The loss begins near ln V, whether the head is zero or the embedding."""
+    config = replace(SMALL, dim=64, vocab_size=300, order=order, tied=tied)
+    model = Transformer(config)
+    ids = torch.randint(300, (4, 12), generator=torch.Generator().manual_seed(0))
+    others = (ids + 1) % 300  # its own token is likelier where the head is the embedding
+    loss = F.cross_entropy(model.logits(model(ids)).flatten(0, 1), others.flatten())
+    assert loss.item() == pytest.approx(np.log(300), abs=0.3)

@@ -98,6 +98,10 @@ def test_a_reply_is_marked_by_its_last_answer(name, level, on, number):
     assert asked == problem(name, level, on, number)
 
 
+def test_an_answer_keeps_its_decimals():
+    assert final("So the answer is 12.25.") == "12.25" and final(" 3.5") == "3.5"
+
+
 @given(names, levels, numbers)
 def test_sides_share_neither_contents_nor_words(name, level, number):
     for on in ("train", "test"):

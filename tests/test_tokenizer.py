@@ -105,6 +105,7 @@ def test_pieces_joined_are_the_text(pattern, text):
 @pytest.mark.parametrize("pattern", SPLIT_PATTERNS)
 @many
 @given(st.text(st.characters(max_codepoint=127)) | st.text("aS'sl1 \t\n\r\x1c."))
+@example("'Sa")  # a contraction in capitals
 def test_the_patterns_for_ascii_say_the_same(pattern, text):
     assert splitter(pattern)(text) == regex.findall(SPLIT_PATTERNS[pattern], text)
 
@@ -113,6 +114,8 @@ def test_the_patterns_for_ascii_say_the_same(pattern, text):
 @given(texts)
 @example("a\n ")
 @example("don'ſ 'S")
+@example("'Sa")
+@example("é'Sa")
 def test_gpt4_pattern_cuts_as_tiktoken_cl100k(text):
     """In Python's regex, where the pieces show, and in tiktoken, where the merges show them."""
     assert splitter("gpt4")(text) == regex.findall(TIKTOKEN_CL100K, text)
