@@ -283,7 +283,7 @@ BAD_OF = [
     ("gpt2", edit(n_inner=65), "ffn.down.weight is .16, 64., not .16, 65."),
     ("gpt2", edit(n_positions=2**28 - 1), "position.table is .8, 16., not .268435455, 16."),
     ("gpt2", put("transformer." + GPT2_BIAS, 16), "c_attn.bias has 16 rows, which are not 3 alike"),
-    ("mistral", edit(sliding_window=0), "window of at least 1"),
+    ("mistral", edit(sliding_window=0), "--model.window and --model.features must be at least 1"),
     ("mistral", edit(sliding_window="3"), "sliding_window cannot be '3'"),
     ("mistral", edit(layer_types=["full_attention"] * 2), "layer_types .* is not supported"),
     ("mistral", edit(num_key_value_heads=...), "kv-heads 8"),
