@@ -7,6 +7,7 @@ there in three seconds on two cores, where eight that import for themselves take
 Run: python -m pytest tests/test_parallel.py
 """
 
+import gc
 import multiprocessing as mp
 import signal
 import tempfile
@@ -42,6 +43,7 @@ def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     """Answer calls until None comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not looked through again
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
     while (job := pipe.recv()) is not None:
         forget()
@@ -63,6 +65,7 @@ def forget() -> None:
     for group in [*dist.distributed_c10d._world.pg_map]:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()  # threads end with the last name of their group, and models refer to themselves
 
 
 class Ranks:
