@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from documents import files_of
 from forecast import Forecast, Small, curve, evaluations, forecast, law_of, write
 from laws import Law, Valley, optimum, power, valleys
 from model import ModelConfig
@@ -114,7 +115,6 @@ class Told:
     runs: tuple[str, ...] = ("small-*",)  # that say it
     width: int = 96  # of the larger one
     steps: int = 1920  # and its updates
-    path: str = ""  # the text of all these runs, as in run
     out: str = "forecast.json"  # where it is written
 
     def __post_init__(self):
@@ -134,6 +134,8 @@ class Judged:
 
 def grid(config: Grid) -> None:
     """Train what is not there yet; a run that fails is named, and the others go on."""
+    if config.path:
+        files_of(config.path)  # before any run
     runs, failed = config.runs(), []
     for name, words in tqdm(runs.items(), "runs", leave=False, disable=None):
         known = (RUNS / name / "config.json").is_file()
@@ -262,7 +264,7 @@ def tell(config: Told) -> None:
     runs, left, held_out = read(config.runs)
     print(named(left), end="")
     name = f"large-{config.width}-{config.steps}"
-    words = command(name, config.width, config.steps, config.path)
+    words = command(name, config.width, config.steps, stored(Run.open(runs[0].name)).data.path)
     begin = shlex.join(["python", *words, "--forecast", config.out])
     N, D = size(shape(config.width)), config.steps * UPDATE
     told = forecast(runs, N, D, begin, held_out)

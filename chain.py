@@ -305,15 +305,8 @@ def draw_all(each: dict[str, list[dict]], found: list[dict[str, Run]], path: Pat
     with picture(path, 2, (14, 4.8)) as (bars, ways):
         for i, (kind, some) in enumerate(each.items()):
             y = [100 * sum(s[t] for s in some) / len(some) for t in names]
-            bars.bar(
-                [x + (i - 1.5) * 0.2 for x in range(len(names))],
-                y,
-                0.2,
-                color=COLORS[kind],
-                hatch=HATCHES[i],
-                edgecolor="white",
-                label=kind.upper(),
-            )
+            bars.bar([x + (i - 1.5) * 0.2 for x in range(len(names))], y, 0.2, color=COLORS[kind],
+                     hatch=HATCHES[i], edgecolor="white", label=kind.upper())  # fmt: skip
         bars.set(title="Right answers to questions that nobody learnt from", ylabel="%",
                  ylim=(0, 105), xticks=range(len(names)))  # fmt: skip
         bars.set_xticklabels(names, rotation=20)

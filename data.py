@@ -314,8 +314,8 @@ def identity(config: DataConfig) -> list:
         files = files_of(source.path, config.form) if source.path else python_files()
         found += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         found += [] if source.path else [sys.version]
-    files = [__file__, *(module.__file__ for module in MADE_BY)]
-    made_by = [hashlib.blake2b(Path(file).read_bytes()).hexdigest() for file in files]
+    programs = [__file__, *(module.__file__ for module in MADE_BY)]
+    made_by = [hashlib.blake2b(Path(p).read_bytes()).hexdigest() for p in programs]
     return [asdict(config) | {"packing": ""}, found, made_by]
 
 

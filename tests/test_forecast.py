@@ -15,7 +15,7 @@ import budgets
 import forecast
 import training
 from budgets import Fitted, Grid, Judged, Told
-from data import TokenizerConfig
+from data import DataConfig, TokenizerConfig
 from forecast import FILE, SHARES, Forecast, Small, curve, misfit
 from laws import Law
 from run import Run, UserError
@@ -283,6 +283,15 @@ def test_each_run_of_a_grid_spends_its_budget():
             assert replace(config.model, vocab_size=257) == budgets.shape(width)
 
 
+def test_a_grid_of_no_text_begins_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"book\.txt is no file"):
+        budgets.grid(Grid(path="book.txt"))
+    assert not (tmp_path / "runs").exists()
+    (words, *_) = Grid(path="book.txt").runs().values()
+    assert budgets_of(words).data.path == "book.txt"
+
+
 def budgets_of(words):
     from train import parse
 
@@ -338,8 +347,10 @@ def test_runs_of_several_tokenizers_are_compared_in_bits_per_byte(tmp_path, monk
 
 def test_fit_forecast_and_judge_say_what_was_planted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    own = DataConfig(path="book.txt")
     for one in small(0, 0.005):
-        left_by(one.name, one, settings={"model": budgets.shape(int(one.name.split("-")[1]))})
+        model = budgets.shape(int(one.name.split("-")[1]))
+        left_by(one.name, one, settings={"model": model, "data": own})
     budgets.show(Fitted())
     said = capsys.readouterr().out
     assert "small-16-1080" in said and "equal compute" in said
@@ -350,7 +361,8 @@ def test_fit_forecast_and_judge_say_what_was_planted(tmp_path, monkeypatch, caps
     it = forecast.read(tmp_path / FILE)
     assert (it.parameters, it.tokens, len(it.runs)) == (N, D, 19)
     assert it.middle[-1] == pytest.approx(LAW(N, D), rel=0.03)
-    assert "--forecast forecast.json" in said and f"{it.middle[-1]:.3f} bits per byte" in said
+    assert "--forecast forecast.json" in said and "--data.path book.txt" in said  # as theirs
+    assert f"{it.middle[-1]:.3f} bits per byte" in said
     large = Small("", N, D, LAW(N, D) * (1 + 0.5 * (1 - SHARES) ** 2))
     left_by("large-1", large, settings={"model": budgets.shape(128)})
     budgets.judge(Judged())

@@ -98,7 +98,7 @@ TINY = {
     "data.py": "--tokenizer.vocab-size 300",
     "scaling.py": "",
     "scaling.py run": BUDGETS,
-    "scaling.py forecast": "--runs try-* --width 32 --steps 200 --path book.txt",
+    "scaling.py forecast": "--runs try-* --width 32 --steps 200",
     "scaling.py judge": "--runs try-* --large try-32-* --factor 0.1",
     "laws.py": "",
     "sparse.py": "--shortest 64 --longest 128 --obvious 128 --rounds 1",
