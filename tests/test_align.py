@@ -20,7 +20,6 @@ import writer
 from data import DataConfig, TokenizerConfig, prepare
 from instruct import Lessons, lessons, rouge_l, write
 from kernels.cross_entropy import IGNORE
-from mesh import Group
 from run import RUNS, Run, load_tensors
 
 SMALL = ["--model.dim", "16", "--model.layers", "2", "--model.heads", "2", "--model.context", "512",
@@ -103,7 +102,7 @@ def test_only_replies_are_asked_for_in_training(folder):
                    if m["role"] == "assistant"}  # fmt: skip
     args = train.parse([*CHAT, *TINY, "--name", "x", "--steps", "3"])[0]
     config, words = train.with_base(args, None)
-    made = train.begin(train.complete(config, words.vocab_size), corpus, Group([0], "", Counter()))
+    made = train.begin(train.complete(config, words.vocab_size), corpus)
     made.advance()
     for row in made.batches[0].targets:
         asked = tokenizer.decode([t for t in row.tolist() if t != IGNORE])
