@@ -55,19 +55,11 @@ from judge import problems
 from lora import Adapter, flags, plain
 from mesh import Group, join
 from parallel_training import lead, one_voice, shared
+from pictures import table
 from questions import ByModel, prompt_ids, question
 from reward import load as load_reward
-from run import (
-    Run,
-    UserError,
-    check_free,
-    main,
-    read_json,
-    settings,
-    table,
-    write_json,
-)
-from stages import base_run, choose, free, lessons_file, start, tuned_run
+from run import Run, UserError, check_free, main, read_json, settings, start, write_json
+from stages import base_run, choose, free, lessons_file, tuned_run
 from training import stored
 from writer import Writer, writer_of
 

@@ -33,7 +33,8 @@ from documents import files_of
 from forecast import Forecast, Small, curve, evaluations, forecast, law_of, write
 from laws import Law, Valley, optimum, power, valleys
 from model import ModelConfig
-from run import RUNS, Run, UserError, main, picture, read_json, step_of, table
+from pictures import picture, table
+from run import RUNS, Run, UserError, main, read_json, step_of
 from scaling import parameters
 from stages import choose, finished
 from training import stored

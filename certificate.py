@@ -41,8 +41,9 @@ from mesh import Mesh, Plan
 from model import ModelConfig, Transformer
 from objectives import IGNORE, Batch
 from optim import OptimConfig, Optimizer, build
+from pictures import picture, table
 from ranks import Ranks
-from run import RUNS, UserError, generator, picture, table
+from run import RUNS, UserError, generator
 from schedule import SCHEDULES, Played, draw, simulate
 from split import Place
 from step import update

@@ -23,10 +23,10 @@ import torch
 
 import tasks
 from evaluate import interval
-from gauge import smooth
 from instruct import Lessons
-from run import LINES, RUNS, Run, UserError, picture, read_json, table, write_json
-from stages import lessons_file, start, trained
+from pictures import LINES, picture, smooth, table
+from run import RUNS, Run, UserError, read_json, start, write_json
+from stages import lessons_file, trained
 
 SMALL = ("--model.dim", "96", "--model.layers", "3", "--model.context", "256")
 COLORS = {"sft": "#777777", "ppo": "#1f4e8c", "grpo": "#b5892e", "dpo": "#2a7f62"}

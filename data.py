@@ -54,7 +54,8 @@ from dedup import SPLIT, clusters, first_copies, shared_spans, split_by_cluster,
 from documents import Document, Problem, files_of, python_files, read
 from objectives import IGNORE
 from packing import Mixture, Part, Shards, ShardWriter
-from run import RUNS, UserError, main, picture, read_sealed, write_sealed
+from pictures import picture
+from run import RUNS, UserError, main, read_sealed, write_sealed
 from tokenizer import KINDS, load
 from vocabulary import END_OF_TEXT, Tokenizer
 

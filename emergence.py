@@ -43,7 +43,8 @@ from kernels.cross_entropy import IGNORE
 from model import ModelConfig, Transformer
 from objectives import Batch
 from optim import OptimConfig, build, learning_rate
-from run import RUNS, UserError, generator, main, picture, table, write_json
+from pictures import picture, table
+from run import RUNS, UserError, generator, main, write_json
 from stages import base_run, choose, lessons_file, trained
 from step import pick_device, to, update
 from writer import writer_of

@@ -42,8 +42,9 @@ from model import ORDERS, ModelConfig, Transformer
 from objectives import causal
 from optim import OptimConfig, build, learning_rate
 from packing import Mixture
+from pictures import LINES, picture, table
 from positions import POSITIONS
-from run import LINES, RUNS, Run, UserError, main, picture, table
+from run import RUNS, Run, UserError, main
 from step import LossScale, NotFinite, pick_device, to, update
 
 # --- what all have in common ----------------------------------------------------------------------

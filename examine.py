@@ -47,8 +47,9 @@ from data import prepare
 from generate import Sampling, generate
 from objectives import objective_for
 from packing import Shards
+from pictures import picture, table
 from quality import hash_windows
-from run import RUNS, Run, UserError, generator, main, picture, table, write_json
+from run import RUNS, Run, UserError, generator, main, write_json
 from tasks import ANSWER, FORM, THINK, final
 from training import stored
 from vocabulary import Tokenizer

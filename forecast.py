@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from laws import Fit, fit, least
-from run import Run, UserError, picture, read_json, settings, write_json
+from pictures import picture
+from run import Run, UserError, read_json, settings, write_json
 
 SHARES = np.arange(1, 21) / 20  # of the steps, at which curves are compared
 RESAMPLES = 200

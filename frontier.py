@@ -25,6 +25,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from pictures import picture, table
 from policy import (
     dpo_loss,
     gae,
@@ -36,7 +37,7 @@ from policy import (
     token_rewards,
     whiten,
 )
-from run import RUNS, UserError, main, picture, table
+from run import RUNS, UserError, main
 
 V, L = 8, 3
 EVERY = torch.cartesian_prod(*[torch.arange(V)] * L)  # all responses (N L)

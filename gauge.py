@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import tasks
+from pictures import picture, smooth
 from policy import of_sequence
 from rollout import Drawn
-from run import picture
 from tasks import ANSWER, Problem
 
 
@@ -68,14 +68,6 @@ def frontier(scores: Tensor, betas: Sequence[float]) -> list[tuple[float, float]
         log_w = (scores.double() / beta).log_softmax(-1)
         kl = (log_w.exp() * (log_w + torch.tensor(scores.shape[-1]).log())).sum(-1)
         found.append((kl.mean().item(), (log_w.exp() * scores).sum(-1).mean().item()))
-    return found
-
-
-def smooth(values: Sequence[float], memory: float = 0.7) -> list[float]:
-    """Running means, as single rounds are noisy."""
-    found: list[float] = []
-    for x in values:
-        found.append(x if not found else memory * found[-1] + (1 - memory) * x)
     return found
 
 

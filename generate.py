@@ -24,14 +24,11 @@ Pope et al. 2023, the cache (arXiv 2211.05102).
 Letters: B samples at once · T new tokens · S tokens in the cache · V vocabulary.
 """
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf, prod
-from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -44,7 +41,7 @@ import chat
 from attention import KeyValue, Mask
 from model import PRESETS, Transformer, count_parameters
 from objectives import MASK
-from run import RUNS, UserError, generator, main
+from run import UserError, first_run, generator, main
 from step import check_memory, pick_device, pick_dtype
 from vocabulary import Tokenizer
 from writer import Writer, cast, unknown, writer_of
@@ -553,11 +550,8 @@ def script() -> None:
     dtype = pick_dtype(config.dtype, device)
     if config.bench:
         return bench(config, device, dtype)
-    if not config.run and not config.model and not any(RUNS.glob("[!.]*/config.json")):
-        print("there is no run yet: training a small model first, python train.py --steps 200\n")
-        train = Path(__file__).with_name("train.py")
-        if code := subprocess.run([sys.executable, str(train), "--steps", "200"]).returncode:
-            sys.exit(code)
+    if not config.run and not config.model:
+        first_run()
     writer = writer_of(config.run, config.model, device, config.adapter)
     cast(writer.model, dtype)
     talk(writer, config) if config.chat else write(writer, config)

@@ -37,6 +37,7 @@ from chat import END, Turn, Turns, knows_roles
 from improve import Dpo
 from lora import Adapter, plain
 from optim import OptimConfig
+from pictures import table
 from preferences import Ranking, Rating, label, ranked, rated, usable
 from questions import Asked, prompt_ids, question
 from reward import (
@@ -51,8 +52,8 @@ from reward import (
     texts_of,
 )
 from rollout import sample
-from run import Run, UserError, check_free, generator, table, write_json
-from stages import free, start, tuned_run
+from run import Run, UserError, check_free, generator, start, write_json
+from stages import free, tuned_run
 from tasks import RATERS, Problem, Rater
 from writer import Writer, writer_of
 

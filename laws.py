@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from run import UserError, main, table
+from pictures import table
+from run import UserError, main
 
 # Of log L: errors beyond it count by their size, not its square. Hoffmann et al. (D.2) have 1e-3,
 # which is less than our runs' noise, and makes intervals too narrow.

@@ -26,12 +26,10 @@ Letters: R rank · C model width · V vocabulary.
 """
 
 import copy
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -42,7 +40,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from dropout import dropped
 from model import Transformer
-from run import UserError, generator, main
+from run import UserError, generator, main, start
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -368,8 +366,7 @@ def plain(model: Transformer, force: bool = False) -> Transformer:
 
 def script() -> None:
     """The demonstrations use what stands on this file, and so stand in another."""
-    tuning = Path(__file__).with_name("tuning.py")
-    sys.exit(subprocess.run([sys.executable, str(tuning), *sys.argv[1:]]).returncode)
+    start("tuning.py", *sys.argv[1:], told=False)
 
 
 if __name__ == "__main__":

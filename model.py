@@ -45,9 +45,10 @@ from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
 from optim import learnt
+from pictures import table
 from positions import POSITIONS, Rotation
 from presets import PUBLISHED
-from run import UserError, generator, main, settings, table, value_of
+from run import UserError, generator, main, settings, value_of
 
 # --- settings -------------------------------------------------------------------------------------
 

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.adamw import Table, adamw_triton
-from run import RUNS, UserError, main, picture, table
+from pictures import picture, table
+from run import RUNS, UserError, main
 
 CHUNK = 1 << 16  # weights at a time on a CPU: all five arrays of an AdamW update stay in the cache
 BELOW_1 = math.nextafter(1, 0)

@@ -31,6 +31,7 @@ import tyro
 
 import mesh
 from model import PRESETS, ModelConfig, preset_in
+from pictures import table
 from plan_costs import (
     DOCS,
     EMBEDDING,
@@ -53,7 +54,7 @@ from plan_costs import (
     stages,
     usable,
 )
-from run import RUNS, UserError, main, read_json, settings, table, write_json
+from run import RUNS, UserError, main, read_json, settings, write_json
 from scaling import GB, HARDWARE, Hardware
 
 FIELDS = ("data", "tensor", "pipeline", "zero", "rows", "recompute")

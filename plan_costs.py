@@ -35,7 +35,8 @@ from typing import NamedTuple
 import numpy as np
 
 from model import ModelConfig
-from run import UserError, picture, table
+from pictures import picture, table
+from run import UserError
 from scaling import GB, Hardware, exact_flops, ffn_matrices
 
 Columns = dict[str, np.ndarray]  # a row for each plan

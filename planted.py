@@ -25,8 +25,9 @@ import tyro
 import world
 from clean import RECIPES, Item, Store, one_step
 from documents import Document
+from pictures import picture, table
 from redact import luhn
-from run import RUNS, UserError, generator, main, picture, table
+from run import RUNS, UserError, generator, main
 
 STORIES = 4  # of a document
 

@@ -1,10 +1,9 @@
-"""Which texts are worth training on: rules with published bounds, and small models of letters.
+"""Which texts are worth training on: rules with published bounds, and a guess of the language.
 
 Idea: most of a crawl is menus, lists and noise. Each rule here is one number about a text and a
 bound that it must keep; a preset is a list of rules, and the first that fails is the reason why a
-text was dropped. Rules see form alone. Two models of letters see a little more: one guesses the
-language, the other how much a text resembles prose rather than code, lists or gibberish. Both are
-naive Bayes: how probable is each letter behind the two before it, under each label?
+text was dropped. Rules see form alone. Which language it is, a model of letters guesses by naive
+Bayes: how probable is each letter behind the two before it, under each label?
 
 Bounds mean nothing without these definitions:
 
@@ -19,19 +18,15 @@ Bounds mean nothing without these definitions:
 Run: python -m pytest tests/test_quality.py
 
 Papers: Rae et al. 2021, section A.1.1 and table A1 (Gopher, arXiv 2112.11446); Raffel et al. 2020,
-section 2.2 (C4, arXiv 1910.10683); Penedo et al. 2024 (FineWeb, arXiv 2406.17557); Brown et al.
-2020, appendix A, on a classifier for quality (arXiv 2005.14165).
+section 2.2 (C4, arXiv 1910.10683); Penedo et al. 2024 (FineWeb, arXiv 2406.17557).
 """
 
-import random
 import re
 import string
-import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -363,7 +358,7 @@ def clean_c4(text: str, terminal: bool = True) -> str:
     return "\n".join(kept)
 
 
-# --- models of letters ----------------------------------------------------------------------------
+# --- a model of letters ---------------------------------------------------------------------------
 
 ORDERS = (1, 2, 3)  # letters that are looked at together
 BITS = 15  # of a bucket's number
@@ -550,60 +545,3 @@ def languages() -> Letters:
     return Letters.train(
         {label: [" " + " ".join(NO_LETTERS.split(text.lower()))] for label, text in SEEDS.items()}
     )
-
-
-# --- how good -------------------------------------------------------------------------------------
-
-
-MODULES = ("argparse", "ast", "csv", "difflib", "inspect", "tarfile", "textwrap", "typing")
-NOT_CODE = re.compile(r'"""[\s\S]*?"""|#.*')
-
-
-def quality(text: str) -> float:
-    """From 0 to 1: how much the text resembles English prose, not code, lists or gibberish."""
-    return float(prose_model().probabilities(shape(text))[0])
-
-
-def shape(text: str) -> str:
-    """The text with every number 0 and every run of blanks one, in which models see letters."""
-    return re.sub(r"[^\S\n]+", " ", re.sub(r"[0-9]+", "0", text))
-
-
-@cache
-def prose_model() -> Letters:
-    """Prose of Python's manual against Python's own code and noise made from both; always equal."""
-    return Letters.train(examples(manual(), code()))
-
-
-def manual() -> list[str]:
-    """The paragraphs of `help()`'s topics that are no code, which stands indented."""
-    from pydoc_data.topics import topics
-
-    parts = (part for _, text in sorted(topics.items()) for part in PARAGRAPH.split(text))
-    return [part for part in parts if len(part) >= 80 and not part.startswith(" ")]
-
-
-def code() -> list[str]:
-    """Source code, without docstrings and comments, of modules that every Python has."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    try:
-        sources = [(folder / f"{name}.py").read_text("utf-8") for name in MODULES]
-    except OSError as error:
-        raise UserError(
-            f"the model of quality learns from Python's own source, which is not there: {error}"
-        ) from None
-    return [NOT_CODE.sub("", source) for source in sources]
-
-
-def examples(prose: list[str], source: list[str], seed: int = 0) -> dict[str, list[str]]:
-    """Texts by label: prose; code; and three kinds of noise: lists, garbled words, random signs."""
-    draw = random.Random(seed)
-    words = " ".join(prose).split()
-    garbled, lists, signs = [], [], []
-    for _ in range(len(prose) // 2):
-        some = draw.sample(words, 40)
-        garbled.append(" ".join("".join(draw.sample(word, len(word))) for word in some))
-        lists.append("\n".join(f"- {word.title()} {draw.randrange(999)}" for word in some[:20]))
-        signs.append("".join(draw.choices(string.printable, k=200)))
-    found = {"prose": prose, "code": source, "garbled": garbled, "lists": lists, "signs": signs}
-    return {label: [*map(shape, texts)] for label, texts in found.items()}

@@ -19,8 +19,6 @@ Letters: N output features · K input features of a linear.
 
 import copy
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,9 +35,10 @@ from improve import IMPROVED
 from lora import linears, plain
 from model import Transformer
 from objectives import Batch, objective_for
+from pictures import picture, table
 from quantized import packed, quantized
 from recompute import LiveBytes
-from run import RUNS, Run, UserError, main, picture, read_json, step_of, table
+from run import Run, UserError, first_run, main, read_json, step_of
 from stages import choose
 from step import pick_device
 from training import Training, stored
@@ -170,11 +169,8 @@ class Demo(OfRun):
 
 
 def demo(config: Demo) -> None:
-    if not config.run and not any(RUNS.glob("[!.]*/config.json")):
-        print("there is no run yet: training a small model first, python train.py --steps 200\n")
-        train = Path(__file__).with_name("train.py")
-        if code := subprocess.run([sys.executable, str(train), "--steps", "200"]).returncode:
-            sys.exit(code)
+    if not config.run:
+        first_run()
     rows = {"fp32": torch.float32} | {
         f"{bits} bits, {name}": Method(method, bits, group)
         for bits in (4, 3)

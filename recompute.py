@@ -45,8 +45,9 @@ from attention import Attention, KeyValue, Mask
 from dropout import Drop, drawn_from
 from model import Block, ModelConfig, Transformer, count_parameters, preset_in
 from objectives import Batch
+from pictures import picture, table
 from positions import Rotation
-from run import RUNS, UserError, generator, main, picture, table
+from run import RUNS, UserError, generator, main
 from step import accumulate, loss_sum, machine
 
 What = Literal["none", "attention", "blocks"]

@@ -23,12 +23,10 @@ D head width · F feed-forward width · V vocabulary · L layers · N parameters
 """
 
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from math import ceil, inf
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -37,8 +35,9 @@ import tyro
 from attention import causal_mask, full_mask
 from kernels.mask import visible
 from model import ACTIVATIONS, PRESETS, ModelConfig, preset_in
+from pictures import table
 from presets import PUBLISHED
-from run import UserError, main, table
+from run import UserError, main, start
 from sparse import PATTERNS
 from step import machine, matmul_peak
 
@@ -484,8 +483,7 @@ OF_RUNS = ("run", "fit", "forecast", "judge")  # which stand on this file, and s
 
 def script() -> None:
     if sys.argv[1:2] and sys.argv[1] in OF_RUNS:
-        file = Path(__file__).with_name("budgets.py")
-        sys.exit(subprocess.run([sys.executable, str(file), *sys.argv[1:]]).returncode)
+        return start("budgets.py", *sys.argv[1:], told=False)
     default = Cost(model=preset_in(sys.argv[1:], Cost.model))
     kinds = (
         Annotated[Show, tyro.conf.subcommand("show", default=Show())]

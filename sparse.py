@@ -39,7 +39,8 @@ from tqdm import tqdm
 from kernels.attention import attend, attend_obvious
 from kernels.mask import Mask
 from performer import Performer
-from run import RUNS, UserError, generator, main, picture
+from pictures import picture
+from run import RUNS, UserError, generator, main
 
 # --- patterns -------------------------------------------------------------------------------------
 

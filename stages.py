@@ -8,9 +8,6 @@ Run: python align.py sft --base base
 Papers: Ouyang et al. 2022, InstructGPT (arXiv 2203.02155), figure 2.
 """
 
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,7 +22,7 @@ import tasks
 import world
 from data import CACHE
 from instruct import Lessons, lessons, write
-from run import RUNS, Run, UserError, fingerprint, step_of
+from run import RUNS, Run, UserError, fingerprint, start, step_of
 from training import stored
 
 # A base for the tasks: stories, statements in which their words occur, and what a question is.
@@ -33,18 +30,6 @@ from training import stored
 BASE = ("--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:4000@1",
         "--model.norm-eps", "1e-6", "--model.context", "512",
         "--batch", "4", "--steps", "2000")  # fmt: skip
-
-
-def start(*words: str) -> None:
-    """Run one of our scripts as a user would; its failure is ours.
-
-    torchrun's RANK is not for it, or it would wait for others.
-    """
-    folder, env = Path(__file__).parent, {k: v for k, v in os.environ.items() if k != "RANK"}
-    print(f"\n$ python {shlex.join(words)}\n", flush=True)
-    code = subprocess.run([sys.executable, str(folder / words[0]), *words[1:]], env=env).returncode
-    if code:
-        sys.exit(code)
 
 
 def free(name: str) -> str:

@@ -25,7 +25,8 @@ import tasks
 from chat import Turn, Turns
 from generate import Sampling, generate
 from instruct import rouge_l, write
-from run import UserError, generator, main, table
+from pictures import table
+from run import UserError, generator, main
 from tasks import FACTS, TASKS, Stated, side
 from writer import Writer, unknown, writer_of
 

@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from bpe import BPE, count_pieces
 from merges import learn_merges
-from run import RUNS, UserError, main, picture
+from pictures import picture
+from run import RUNS, UserError, main
 from unigram import SentencePiece, Unigram
 from vocabulary import Token, Tokenizer
 from wordpiece import WordPiece

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import tyro
 
-from run import RUNS, Run, UserError, main, read_json, table, write_json
+from pictures import table
+from run import RUNS, Run, UserError, main, read_json, write_json
 
 
 class Stage(NamedTuple):

@@ -44,8 +44,9 @@ from model import ModelConfig, Transformer, preset_in
 from objectives import objective_for
 from optim import learnt
 from parallel_training import after_restart, begin, check_size, lead, one_voice, shared
+from pictures import plot_loss, plot_scales
 from plan import Plan as AutomaticPlan
-from run import Run, UserError, check_free, main, plot_loss, plot_scales, value_of
+from run import Run, UserError, check_free, main, value_of
 from scaling import parameters
 from step import (
     NotFinite,

@@ -29,7 +29,8 @@ from lora import NONE, Adapter, flags, merge, unmerge, use
 from model import ModelConfig, Transformer, count_parameters
 from objectives import IGNORE, Batch
 from optim import OptimConfig, build, learning_rate, learnt
-from run import RUNS, Run, UserError, generator, main, picture, table, write_json
+from pictures import picture, table
+from run import RUNS, Run, UserError, generator, main, write_json
 from stages import choose, lessons_file, trained, tuned_run
 from step import update
 from writer import writer_of

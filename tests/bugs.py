@@ -32,7 +32,8 @@ import bugs_parallel  # noqa: E402
 import bugs_scaling  # noqa: E402
 from museum import MUSEUM  # noqa: E402
 
-from run import UserError, main, table  # noqa: E402
+from pictures import table  # noqa: E402
+from run import UserError, main  # noqa: E402
 
 # A file's name: the tests that must catch its bugs, and (what stands there, what is planted).
 BUGS = (

@@ -22,7 +22,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run import UserError, main, table  # noqa: E402
+from pictures import table  # noqa: E402
+from run import UserError, main  # noqa: E402
 
 
 class Exercise(NamedTuple):

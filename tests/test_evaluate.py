@@ -45,7 +45,8 @@ from model import ModelConfig, Transformer
 from objectives import causal
 from optim import learning_rate
 from packing import Mixture
-from run import RUNS, Run, UserError, picture
+from pictures import picture
+from run import RUNS, Run, UserError
 from step import update
 
 TEXT, BYTES = DataConfig("text", held_out=0.5), TokenizerConfig("bytes")

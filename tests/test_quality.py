@@ -4,9 +4,7 @@ import ast
 import math
 import os
 import random
-import re
 import string
-import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -31,7 +29,6 @@ from quality import (
     clean_c4,
     language,
     languages,
-    quality,
     repeated_obviously,
     top_obviously,
 )
@@ -269,7 +266,7 @@ def test_check_never_raises(text, preset):
     failed = [r.name for r in PRESETS[preset] if not r.least <= r.measure(statistics) <= r.most]
     assert failed[:1] == [verdict.rule] * (not verdict.kept)
     assert clean_c4(clean_c4(text)) == clean_c4(text) or "[" in text
-    assert 0 <= quality(text) <= 1 and 0 <= language(text).confidence <= 1
+    assert 0 <= language(text).confidence <= 1
 
 
 @given(seeds, st.integers(1, 6))
@@ -459,54 +456,6 @@ def test_numbers_and_capitals_do_not_decide():
             assert language(line.upper() + " 123 ?!").label == language(line).label
 
 
-# --- quality --------------------------------------------------------------------------------------
-
-PROSE = """When the storm had passed, the captain called his officers and asked them what they
-thought should be done next. Some of them wanted to return to the harbour, while others believed
-that the worst was over. In the end they agreed to wait until morning, because the wind might turn
-again during the night, and nobody wished to lose another sail."""
-BAD = {
-    "code": "def f(x):\n    for i in range(n):\n        if x[i]:\n            return self.g(i)\n",
-    "javascript": "var a=document.getElementById('x');if(a){a.onclick=function(){return b(c);};}",
-    "list": "- Home 1\n- About 22\n- Contact 31\n- Prices 4\n- News 12\n- Login 7\n" * 3,
-    "garbled": " ".join("".join(random.Random(w).sample(w, len(w))) for w in PROSE.split()),
-    "signs": "".join(random.Random(0).choices(string.printable, k=300)),
-    "base64": "".join(random.Random(1).choices(string.ascii_letters + string.digits + "+/", k=300)),
-    "hex": "".join(random.Random(2).choices("0123456789abcdef", k=300)),
-    "table": "12.5 13.7 88.1 0.2\n11.9 14.1 87.0 0.3\n" * 9,
-}  # fmt: skip
-
-
-def test_prose_is_better_than_anything_else():
-    assert quality(PROSE) > 0.95
-    for name, text in BAD.items():
-        assert quality(text) < 0.1, name
-        assert quality(PROSE[:150] + text) < quality(PROSE), name
-    assert quality("") == pytest.approx(1 / 5)
-    assert module.shape("12 \t 345\n  a6") == "0 0\n a0"
-
-
-def test_quality_of_held_out_text():
-    """Learnt without a fifth of the manual, the rest is told from code of other modules."""
-    manual = module.manual()
-    learnt, unseen = [p for i, p in enumerate(manual) if i % 5], manual[::5]
-    model = Letters.train(module.examples(learnt, module.code()))
-
-    def share_of_prose(texts):
-        return np.mean([model.probabilities(module.shape(t))[0] > 0.5 for t in texts])
-
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    code = "".join(
-        (folder / f"{name}.py").read_text("utf-8") for name in ("heapq", "zipfile", "json/encoder")
-    )
-    code = re.sub(r'"""[\s\S]*?"""|#.*', "", code)
-    draw = random.Random(1)
-    garbled = ["".join(draw.sample(p, len(p))) for p in unseen]
-    assert share_of_prose(unseen) > 0.95
-    assert share_of_prose([code[i : i + 400] for i in range(0, len(code) - 400, 400)]) < 0.05
-    assert share_of_prose(garbled) < 0.02
-
-
 def test_letters_is_naive_bayes():
     """Two labels, one order of letters, by hand; and only one string for a label is a mistake."""
     model = Letters.train({"a": ["aaab"], "b": ["abbb", "bbb"]})
@@ -526,12 +475,6 @@ def test_letters_is_naive_bayes():
         Letters.train({"a": "aaab"})
 
 
-def test_without_python_s_source_there_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(UserError, match="learns from Python's own source, which is not there"):
-        module.code()
-
-
 # --- real text ------------------------------------------------------------------------------------
 
 
@@ -547,8 +490,6 @@ def test_documentation_is_kept():
     assert 0.8 < kept["docs"] < 0.97 and kept["web"] < 0.3 and kept["none"] == 1
     manual = [check(text, "docs").kept for text in topics.values()]
     assert np.mean(manual) > 0.85
-    good = [quality(text) > 0.5 for text in documents[::9]]
-    assert np.mean(good) > 0.85
 
 
 @pytest.mark.slow
@@ -560,10 +501,7 @@ def test_real_text():
     for path in sorted(Path(os.environ["REAL_DATA"], "text").glob("*.txt")):
         text = path.read_text("utf-8")
         parts = [text[i : i + 1000] for i in range(0, len(text), 1000)][:200]
-        found[path.stem] = (
-            np.mean([language(part).label == "en" for part in parts]),
-            np.mean([quality(part) > 0.5 for part in parts]),
-        )
+        found[path.stem] = np.mean([language(part).label == "en" for part in parts])
     for name in ("botchan_en", "tinyshakespeare", "tinystories_sample"):
-        assert found[name][0] > 0.99 and found[name][1] > 0.95, name
-    assert found["wagahaiwa_ja"] == (0, 0)
+        assert found[name] > 0.99, name
+    assert found["wagahaiwa_ja"] == 0

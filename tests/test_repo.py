@@ -32,6 +32,7 @@ LADDER = [  # a file imports from rungs below its own, or from an earlier place 
     [
         "run",
         "kernels",
+        "pictures",
         "pieces",
         "processes",
         "tokenizer_files",

@@ -24,16 +24,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import run
+from pictures import plot_loss, smooth
 from run import (
     KEEP,
     Run,
     UserError,
     generator,
     load_tensors,
-    plot_loss,
     read_json,
     settings,
-    smooth,
     write_json,
     write_whole,
 )
