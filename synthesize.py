@@ -13,10 +13,13 @@ Papers: Wang et al. 2023, Self-Instruct (arXiv 2212.10560); Lin 2004, ROUGE.
 """
 
 import random
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 from tqdm import tqdm
@@ -27,11 +30,74 @@ from generate import Sampling, generate
 from instruct import rouge_l, write
 from pictures import table
 from run import UserError, generator, main
-from tasks import FACTS, TASKS, Stated, side
+from tasks import FACTS, TASKS, side
 from writer import Writer, unknown, writer_of
 
 ALIKE = 0.7  # ROUGE-L from which two statements are the same
 SHOWN, OWN = 6, 2  # statements before the model's: seeds, and of its own
+
+
+# --- what a text says -----------------------------------------------------------------------------
+
+
+@cache
+def patterns() -> list[tuple[str, re.Pattern[str]]]:
+    """Of each statement its task, and an expression that finds its content and its answer."""
+    letter, digits = "[a-z](?: [a-z])*", r"\d(?: \d)*"
+    name, row = "[A-Z][a-z]+", r"[A-Z][a-z]+ \d"
+    happens = rf"{name} (?:gets \d+ more|gives away \d+)\."
+    fields = {
+        "add": {"a": digits, "b": digits}, "subtract": {"a": digits, "b": digits},
+        "compare": {"a": digits, "b": digits}, "count": {"x": letter, "y": "[a-z]"},
+        "replace": {"x": letter, "y": "[a-z]", "z": "[a-z]"},
+        "look up": {"x": f"{row}(?:, {row})*", "y": name},
+        "reckon": {"x": rf"{name} has \d+ [a-z]+\.(?: {happens})+", "z": "[a-z]+"},
+    }  # fmt: skip
+    found = []
+    for task, template in FACTS.items():
+        known = fields.get(task, {"x": letter}) | {"answer": rf"{letter}|{digits}"}
+        expression = "".join(
+            f"(?P<{part[1:-1]}>{known[part[1:-1]]})" if part.startswith("{") else re.escape(part)
+            for part in re.split(r"(\{\w+\})", template)
+        )
+        found.append((task, re.compile(expression)))
+    return found
+
+
+class Stated(NamedTuple):
+    """A statement that was found in a text."""
+
+    task: str
+    content: dict[str, str]
+    answer: str
+
+    @property
+    def right(self) -> bool:
+        try:
+            return TASKS[self.task].solve(self.content).answer == self.answer
+        except (ValueError, LookupError):  # numbers of unlike length, a name that is not there
+            return False
+
+
+def stated(text: str) -> Iterator[Stated | str]:
+    """The statements of a text, in order; what is none comes as text, up to the next full stop."""
+    text = text.strip()
+    while text:
+        matches = ((task, pattern.match(text)) for task, pattern in patterns())
+        task, match = next(((t, m) for t, m in matches if m), ("", None))
+        if match:
+            content = match.groupdict()
+            if task == "reckon":  # whose statement does not name its person again
+                content["y"] = content["x"].split()[0]
+            yield Stated(task, content, content.pop("answer"))
+            end = match.end()
+        else:
+            end = text.find(".") + 1 or len(text)
+            yield text[:end]
+        text = text[end:].strip()
+
+
+# --- what of it is kept ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -71,7 +137,7 @@ def seeds(each: int, seed: int) -> list[str]:
     """So many statements of each kind."""
     found: dict[str, list[str]] = {name: [] for name in FACTS}
     for paragraph in tasks.facts(seed):
-        for one in tasks.stated(paragraph):
+        for one in stated(paragraph):
             if not isinstance(one, str) and len(found[one.task]) < each:
                 found[one.task].append(worded(one))
         if all(len(some) == each for some in found.values()):
@@ -87,7 +153,7 @@ def synthesized(
     with tqdm(total=count, desc="kept", leave=False, disable=None) as bar:
         for turn in range(rounds):
             for text in continued(writer, prompts(made, rng, at_once), seed + turn):
-                for said in tasks.stated(text):
+                for said in stated(text):
                     made.judge(said)
             bar.update(min(count, len(made.kept)) - bar.n)
             if len(made.kept) >= count:
@@ -102,7 +168,7 @@ def prompts(made: Synthesis, rng: random.Random, many: int) -> list[str]:
     for _ in range(many):
         kind = rng.choice(list(FACTS))
         own = [worded(said) for said in made.kept if said.task == kind]
-        given = [text for text in made.seeds if next(tasks.stated(text)).task == kind]
+        given = [text for text in made.seeds if next(stated(text)).task == kind]
         some = rng.sample(given, min(SHOWN, len(given))) + rng.sample(own, min(OWN, len(own)))
         rng.shuffle(some)
         found.append(" ".join(some[: SHOWN // 2]))

@@ -21,7 +21,6 @@ Papers: Wei et al. 2022, chain of thought (arXiv 2201.11903) and FLAN (arXiv 210
 import hashlib
 import math
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -296,6 +295,10 @@ LOOK_UP = (
     "{x}. Which number has {y}?", "In the table {x}, what stands behind {y}?",
     "Which number belongs to {y}? {x}", "Find {y}: {x}",
 )  # fmt: skip
+STORY = (
+    "{x} {y}", "Read this: {x} {y}", "Here is a story. {x} {y}", "{x} Now tell me: {y}", "{y} {x}",
+    "A question about a story: {x} {y}", "Story: {x} Question: {y}", "Listen. {x} {y}",
+)  # fmt: skip
 TASKS = {
     "add": Task(numbers, add, (
         "{a} + {b}", "What is {a} + {b}?", "Add {a} and {b}.", "The sum of {a} and {b}?",
@@ -333,16 +336,8 @@ TASKS = {
         "{x} Now how many are there?", "{x} What is the number of {z}?",
         "{x} So how many {z} has {y}?", "{x} How many are they now?",
     )),
-    "story": Task(tale(("holder", "box", "place", "colour")), told, (
-        "{x} {y}", "Read this: {x} {y}", "Here is a story. {x} {y}", "{x} Now tell me: {y}",
-        "{y} {x}", "A question about a story: {x} {y}", "Story: {x} Question: {y}",
-        "Listen. {x} {y}",
-    )),
-    "unsaid": Task(tale(world.UNSAID), told, (
-        "{x} {y}", "Read this: {x} {y}", "Here is a story. {x} {y}", "{x} Now tell me: {y}",
-        "{y} {x}", "A question about a story: {x} {y}", "Story: {x} Question: {y}",
-        "Listen. {x} {y}",
-    )),
+    "story": Task(tale(("holder", "box", "place", "colour")), told, STORY),
+    "unsaid": Task(tale(world.UNSAID), told, STORY),
 } | {
     name: Task(letters, operate((name,)), ordered(ORDERS, name)) for name in OPERATIONS
 } | {
@@ -406,10 +401,9 @@ def problem(
 ) -> Problem:
     """Problem `number` of a task on one side; `asked`: of which side the template is, if another.
 
-    UserError for a task that there is not.
+    UserError for a task that there is not, or a level that nobody can be asked.
     """
-    if task not in TASKS:
-        raise UserError(f"there is no task {task!r}: choose among {', '.join(PLAIN)}")
+    check([task], [level])
     kind = TASKS[task]
     rng = random.Random(generator(seed, f"task {task} {level} {on}", number).initial_seed())
     while True:
@@ -423,14 +417,17 @@ def problem(
     return Problem(task, level, question, answer, " ".join(steps), key, template)
 
 
-def facts(seed: int = 0, levels: tuple[int, ...] = (1, 2, 3)) -> Iterator[str]:
+LEVELS = (1, 2, 3)  # of what a base model reads
+
+
+def facts(seed: int = 0) -> Iterator[str]:
     """Endless paragraphs of some statements each, of one task, all on the side to learn from."""
     names, number = tuple(FACTS), 0
     while True:
         rng = random.Random(generator(seed, "facts", number).initial_seed())
         kind, said = names[number % len(names)], []
         while len(said) < 4:
-            content = TASKS[kind].make(rng, rng.choice(levels))
+            content = TASKS[kind].make(rng, rng.choice(LEVELS))
             if side(canonical(kind, content)) == "train":
                 answer, _ = TASKS[kind].solve(content)
                 said.append(FACTS[kind].format(**content, answer=answer))
@@ -441,73 +438,16 @@ def facts(seed: int = 0, levels: tuple[int, ...] = (1, 2, 3)) -> Iterator[str]:
 FORM = "Question: {question}\nAnswer: {answer}"  # how who is no chat is asked
 
 
-def quiz(seed: int = 0, levels: tuple[int, ...] = (1, 2, 3)) -> Iterator[str]:
+def quiz(seed: int = 0) -> Iterator[str]:
     """Endless texts of four questions about stories, answered, all on the side to learn from."""
     for number in count_from(0):
         rng = random.Random(generator(seed, "quiz", number).initial_seed())
         asked = [
-            problem(rng.choice(("story", "unsaid")), rng.choice(levels), "train", 4 * number + i,
+            problem(rng.choice(("story", "unsaid")), rng.choice(LEVELS), "train", 4 * number + i,
                     seed + 1)
             for i in range(4)
         ]  # fmt: skip
         yield "\n\n".join(FORM.format(question=p.question, answer=p.answer) for p in asked)
-
-
-@cache
-def patterns() -> list[tuple[str, re.Pattern[str]]]:
-    """Of each statement its task, and an expression that finds its content and its answer."""
-    letter, digits = "[a-z](?: [a-z])*", r"\d(?: \d)*"
-    name, row = "[A-Z][a-z]+", r"[A-Z][a-z]+ \d"
-    happens = rf"{name} (?:gets \d+ more|gives away \d+)\."
-    fields = {
-        "add": {"a": digits, "b": digits}, "subtract": {"a": digits, "b": digits},
-        "compare": {"a": digits, "b": digits}, "count": {"x": letter, "y": "[a-z]"},
-        "replace": {"x": letter, "y": "[a-z]", "z": "[a-z]"},
-        "look up": {"x": f"{row}(?:, {row})*", "y": name},
-        "reckon": {"x": rf"{name} has \d+ [a-z]+\.(?: {happens})+", "z": "[a-z]+"},
-    }  # fmt: skip
-    found = []
-    for task, template in FACTS.items():
-        known = fields.get(task, {"x": letter}) | {"answer": rf"{letter}|{digits}"}
-        expression = "".join(
-            f"(?P<{part[1:-1]}>{known[part[1:-1]]})" if part.startswith("{") else re.escape(part)
-            for part in re.split(r"(\{\w+\})", template)
-        )
-        found.append((task, re.compile(expression)))
-    return found
-
-
-class Stated(NamedTuple):
-    """A statement that was found in a text."""
-
-    task: str
-    content: dict[str, str]
-    answer: str
-
-    @property
-    def right(self) -> bool:
-        try:
-            return TASKS[self.task].solve(self.content).answer == self.answer
-        except (ValueError, LookupError):  # numbers of unlike length, a name that is not there
-            return False
-
-
-def stated(text: str) -> Iterator[Stated | str]:
-    """The statements of a text, in order; what is none comes as text, up to the next full stop."""
-    text = text.strip()
-    while text:
-        matches = ((task, pattern.match(text)) for task, pattern in patterns())
-        task, match = next(((t, m) for t, m in matches if m), ("", None))
-        if match:
-            content = match.groupdict()
-            if task == "reckon":  # whose statement does not name its person again
-                content["y"] = content["x"].split()[0]
-            yield Stated(task, content, content.pop("answer"))
-            end = match.end()
-        else:
-            end = text.find(".") + 1 or len(text)
-            yield text[:end]
-        text = text[end:].strip()
 
 
 # --- marks ----------------------------------------------------------------------------------------
@@ -592,8 +532,9 @@ class Show:
     seed: int = 0
 
     def __post_init__(self):
-        if self.level < 1 or self.level > 20 or self.count < 1:
-            raise UserError("--level must be from 1 to 20, --count at least 1")
+        check([self.task] if self.task else [], [self.level])
+        if self.count < 1:
+            raise UserError("--count must be at least 1")
 
 
 def script() -> None:

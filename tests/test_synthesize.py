@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import synthesize
 import tasks
 from instruct import rouge_l
-from synthesize import ALIKE, Synthesis, conversations, seeds, synthesized, worded
-from tasks import FACTS, mark, side, stated
+from synthesize import ALIKE, Synthesis, conversations, seeds, stated, synthesized, worded
+from tasks import FACTS, mark, side
 
 
 @given(st.integers(0, 10**6))
