@@ -56,8 +56,9 @@ from lora import Adapter, flags, plain
 from mesh import Group, join
 from parallel_training import lead, one_voice, shared
 from pictures import table
-from questions import ByModel, prompt_ids, question
+from questions import ByModel, judged, prompt_ids, question
 from reward import load as load_reward
+from rollout import sample
 from run import Run, UserError, check_free, main, read_json, settings, start, write_json
 from stages import base_run, choose, free, lessons_file, tuned_run
 from training import stored
@@ -285,6 +286,18 @@ def standing(writer: Writer, config: Improve) -> dict[str, float]:
     return found | ({"made_up": sum(unsaid) / len(unsaid)} if unsaid else {})
 
 
+def best_possible(it: Improvement, questions: int = 12, each: int = 16) -> list:
+    """The gauge's frontier, by answers of what the policy was; those that did not end as scored."""
+    c = it.config
+    asked = [it.ask(10**6 + q) for q in range(questions) for _ in range(each)]
+    was = it.writer._replace(model=it.reference)
+    prompts = [prompt_ids(was, one.turns) for one in asked]
+    drawn = sample(was, prompts, c.tokens, it.temperature, c.seed)
+    scores = judged(it.judge, asked, drawn).view(questions, each)
+    spread = max(scores.std().item(), 1e-6)
+    return gauge.frontier(scores, [spread * 10 ** (1 - 0.1 * i) for i in range(25)])
+
+
 def told(run: Run, it: Improvement, found: dict[str, dict[str, float]]) -> None:
     """A table of before and after, the gauge's picture, and the numbers behind both."""
     names = {
@@ -302,7 +315,7 @@ def told(run: Run, it: Improvement, found: dict[str, dict[str, float]]) -> None:
     print("\n" + table(("right answers", *found), *rows))
     write_json(run.folder / "standing.json", found)
     path = run.folder / "gauge.png"
-    gauge.draw(run.metrics(), path, improve.best_possible(it))
+    gauge.draw(run.metrics(), path, best_possible(it))
     print(f"\npicture: {path}\nchat:    python generate.py --run {run.name} --chat")
 
 

@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import gauge
 import tasks
 from adapters import frozen_mark
 from gauge import measured
@@ -218,10 +217,8 @@ class Improvement:
         """asked: questions of one's own, instead of the tasks'."""
         self.config, self.judge, self.world, self.questions = config, judge, world, asked
         self.step = 0
-        if world and config.questions % world.size:
-            raise UserError(
-                f"--questions {config.questions} cannot be dealt evenly to {world.size} processes"
-            )
+        if world and (n := config.questions) % world.size:
+            raise UserError(f"--questions {n} cannot be dealt evenly to {world.size} processes")
         self.writer = writer._replace(model=copy.deepcopy(writer.model))
         self.model, self.reference = self.writer.model, writer.model
         self.never = unknown(writer)
@@ -254,8 +251,8 @@ class Improvement:
 
     def own(self, count: int) -> range:
         """This process's share of so many."""
-        return range(count) if self.world is None else range(self.world.index, count,
-                                                             self.world.size)  # fmt: skip
+        w = self.world
+        return range(count) if w is None else range(w.index, count, w.size)
 
     @torch.no_grad()
     def in_parts(self, of: Callable[[Texts], Tensor], texts: Texts) -> Tensor:
@@ -268,10 +265,11 @@ class Improvement:
 
     def likely(self, model: Transformer, texts: Texts) -> Tensor:
         """log π of each token (B R)."""
-        return self.in_parts(
-            lambda part: likely(model, states(model, part), part, self.temperature, self.never),
-            texts,
-        )
+
+        def of(part: Texts) -> Tensor:
+            return likely(model, states(model, part), part, self.temperature, self.never)
+
+        return self.in_parts(of, texts)
 
     def move(self) -> float:
         """One update by the gradients, which are summed over all processes; their norm."""
@@ -585,18 +583,6 @@ class DpoImprovement(Improvement):
 
 
 # --- the loop -------------------------------------------------------------------------------------
-
-
-def best_possible(it: Improvement, questions: int = 12, each: int = 16) -> list:
-    """The gauge's frontier, by answers of what the policy was; those that did not end as scored."""
-    c = it.config
-    asked = [it.ask(10**6 + q) for q in range(questions) for _ in range(each)]
-    was = it.writer._replace(model=it.reference)
-    prompts = [prompt_ids(was, one.turns) for one in asked]
-    drawn = sample(was, prompts, c.tokens, it.temperature, c.seed)
-    scores = judged(it.judge, asked, drawn).view(questions, each)
-    spread = max(scores.std().item(), 1e-6)
-    return gauge.frontier(scores, [spread * 10 ** (1 - 0.1 * i) for i in range(25)])
 
 
 def loop(it: Improvement, run: Run) -> None:

@@ -14,7 +14,8 @@ Variants are entries of tables: NORMS, ORDERS and ACTIVATIONS here, POSITIONS in
 ATTENTIONS in attention.py. The head stands apart from the stream, so that a fused loss, a reward or
 a value head attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
 `model.logits` their product. `Transformer.load` and `save` read and write the folders of Hugging
-Face's GPT-2, Llama, Mistral, Qwen3, BERT, T5 and BLOOM, as model_files.py has it.
+Face's GPT-2, Llama, Mistral, Qwen3, BERT, T5 and BLOOM, as model_files.py has it. All of a forward
+pass stands here, to be read in one piece: that is why this script is the longest.
 
 Run: python model.py                      every preset: its shape and its parameters, counted
 

@@ -313,7 +313,7 @@ def test_the_frontier_is_the_closed_form():
 
 
 def test_the_chain_at_a_tiny_size(folder, monkeypatch, capsys):
-    monkeypatch.setattr(improve, "best_possible", lambda it: [(0.0, 0.0), (1.0, 1.0)])
+    monkeypatch.setattr(align, "best_possible", lambda it: [(0.0, 0.0), (1.0, 1.0)])
     monkeypatch.setattr(
         improve, "sample", lambda writer, prompts, tokens, *rest: sample(writer, prompts, 4, *rest)
     )
