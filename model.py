@@ -14,8 +14,8 @@ Variants are entries of tables: NORMS, ORDERS and ACTIVATIONS here, POSITIONS in
 ATTENTIONS in attention.py. The head stands apart from the stream, so that a fused loss, a reward or
 a value head attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
 `model.logits` their product. `Transformer.load` and `save` read and write the folders of Hugging
-Face's GPT-2, Llama, Mistral, Qwen3, BERT, T5 and BLOOM, as model_files.py has it. All of a forward
-pass stands here, to be read in one piece: that is why this script is the longest.
+Face's GPT-2, Llama, Mistral, Qwen3, BERT, T5 and BLOOM, as model_files.py has it. No other script
+is as long: a whole forward pass is read in one piece.
 
 Run: python model.py                      every preset: its shape and its parameters, counted
 
@@ -587,9 +587,8 @@ def fill(model: nn.Module, weights: Weights) -> None:
     for name in sorted(own.keys() | found.keys()):
         have, want = (tuple(d[name].shape) if name in d else None for d in (found, own))
         if have != want:
-            raise UserError(
-                f"{weights.files[0]} does not fit its config.json: {name} is {have}, not {want}"
-            )
+            where = f"{weights.files[0]} does not fit its config.json"
+            raise UserError(f"{where}: {name} is {have}, not {want}")
     meta = next(model.parameters()).is_meta
     model.load_state_dict(weights.load(), strict=False, assign=meta)
 
