@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from math import gcd, inf
+from math import gcd
 from typing import Annotated
 
 import torch
@@ -51,7 +51,7 @@ from positions import NoPosition
 from run import UserError, main
 from schedule import SCHEDULES
 from split import Cut, Place, share, split_block, split_cross_entropy, split_embedding
-from step import LossScale, Update, move, source_of
+from step import LossScale, Update, move, shrink, source_of
 from zero import Shards, build, holders
 
 VIRTUAL = 8  # parts of every layer in exact mode, at most: a power of two
@@ -513,15 +513,8 @@ def clip(part: Part, config: OptimConfig, scale: float) -> float:
             for i, g in enumerate(each, p.place.part):
                 squares[part.numbers[p.place.name], i] += g.double().square().sum()
     norm = group.sum_(squares.to(part.device)).sum().sqrt().item() / scale
-    factor = 1 / scale
-    grads = [p.grad for p in params]
-    if config.clip_by == "norm" and 0 < config.clip < norm < inf:
-        factor *= config.clip / norm
-    if grads and factor != 1:
-        torch._foreach_mul_(grads, factor)
-    if grads and config.clip_by == "value" and config.clip > 0:
-        torch._foreach_clamp_min_(grads, -config.clip)
-        torch._foreach_clamp_max_(grads, config.clip)
+    if params:
+        shrink([p.grad for p in params], norm, config.clip, config.clip_by, scale)
     return norm
 
 

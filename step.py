@@ -97,7 +97,15 @@ def clip(
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(grads)
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
-    norm, factor = norm / scale, 1 / scale
+    shrink(grads, norm / scale, largest, by, scale)
+    return norm / scale
+
+
+def shrink(
+    grads: list[Tensor], norm: float, largest: float, by: str = "norm", scale: float = 1.0
+) -> None:
+    """`clip`, where the norm of g/scale is known: many processes know it together alone."""
+    factor = 1 / scale
     if by == "norm" and 0 < largest < norm < math.inf:
         factor *= largest / norm
     if factor != 1:
@@ -105,7 +113,6 @@ def clip(
     if by == "value" and largest > 0:
         torch._foreach_clamp_min_(grads, -largest)
         torch._foreach_clamp_max_(grads, largest)
-    return norm
 
 
 class LossScale:

@@ -93,8 +93,8 @@ BUGS = {
             ("(y * scale).backward()", "(y * scale / len(batches)).backward()"),
             # clipping: on one rank only, and numbers that count twice
             (
-                'if config.clip_by == "norm" and',
-                'if part.mesh.tensor.index == 0 and config.clip_by == "norm" and',
+                "norm, config.clip, config.clip_by",
+                "norm, 0.0 if part.mesh.tensor.index else config.clip, config.clip_by",
             ),
             ("tuple(p.shape), here=mesh.tensor.index == 0)", "tuple(p.shape))"),
             (

@@ -37,8 +37,8 @@ MUSEUM = (
         "test_optim.py::test_adamw_is_the_paper",
     ),
     Exhibit(
-        "clipped before unscaled", "step.py", "norm, factor = norm / scale, 1 / scale",
-        "norm, factor = norm, 1 / scale",
+        "clipped before unscaled", "step.py", "shrink(grads, norm / scale, largest",
+        "shrink(grads, norm, largest",
         "mixed precision without unscale_ before the clip, which torch's guide to AMP warns of",
         "in fp16 every step is clipped to almost nothing",
         "test_step.py::test_a_scaled_loss_gives_the_gradient_of_an_unscaled_one",
@@ -174,8 +174,8 @@ MUSEUM = (
         "test_train.py::test_a_run_stopped_anywhere_ends_bit_for_bit_in_every_setting",
     ),
     Exhibit(
-        "clipped on one rank", "parallel.py", 'if config.clip_by == "norm" and',
-        'if part.mesh.tensor.index == 0 and config.clip_by == "norm" and',
+        "clipped on one rank", "parallel.py", "norm, config.clip, config.clip_by",
+        "norm, 0.0 if part.mesh.tensor.index else config.clip, config.clip_by",
         "BLOOM until 24 March 2022, by its chronicles: not all tensor ranks clipped",
         "the loss is fine; copies of the layer norms drift apart, and can never be one again",
         "test_parallel.py::test_any_plan_computes_what_one_process_computes",
