@@ -43,15 +43,13 @@ from tqdm import tqdm
 import chat
 import tasks
 from chat import Turn
-from data import prepare
 from generate import Sampling, generate
-from objectives import objective_for
 from packing import Shards
 from pictures import picture, table
 from quality import hash_windows
 from run import RUNS, Run, UserError, generator, main, write_json
 from tasks import ANSWER, FORM, THINK, final
-from training import stored
+from training import corpus_of, stored
 from vocabulary import Tokenizer
 from writer import Writer, unknown, writer_of
 
@@ -287,11 +285,8 @@ def windows(ids: np.ndarray, n: int) -> np.ndarray:
 
 def leak_check(run: Run, writer: Writer, questions: Sequence[Asked]) -> str:
     """In words, how many questions the run was trained on; or why that cannot be said."""
-    how = stored(run)
-    special = objective_for(how.objective, how.model.arch).special
-    words = writer.tokenizer if how.base else None
     try:
-        corpus = prepare(how.data, how.tokenizer, words, special=special, most=how.model.context)
+        corpus = corpus_of(stored(run), writer.tokenizer)
     except UserError as error:
         return f"no leak check: {error}"
     many = sum(leaked(questions, writer.tokenizer, corpus.train))

@@ -12,6 +12,7 @@ Papers: Raffel et al. 2020, on packing (arXiv 1910.10683); Ding et al. 2024, bes
 (arXiv 2404.10830).
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,6 +52,12 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def first(self, n: int) -> "Shards":
+        """Its first n documents alone."""
+        part = copy.copy(self)
+        part.starts, part.lengths = self.starts[:n], self.lengths[:n]
+        return part
 
     def document(self, i: int) -> np.ndarray:
         shard = int(np.searchsorted(self.borders, self.starts[i], "right")) - 1

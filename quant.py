@@ -29,19 +29,19 @@ import torch
 from torch import Tensor, nn
 
 from calibrate import CALIBRATED, Layer, Method, in_order, quantize, run_hooked
-from data import prepare
+from data import Corpus
 from generate import Sampling, generate
 from improve import IMPROVED
 from lora import linears, plain
 from model import Transformer
-from objectives import Batch, objective_for
+from objectives import Batch
 from pictures import picture, table
 from quantized import packed, quantized
 from recompute import LiveBytes
 from run import Run, UserError, first_run, main, read_json, step_of
 from stages import choose
 from step import pick_device
-from training import Training, stored
+from training import Training, corpus_of, stored
 from writer import Writer, cast, load
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -85,9 +85,7 @@ def subject(config: OfRun) -> Subject:
     run, device = Run.open(config.run), pick_device(config.device)
     writer = load(run, device)
     how = replace(stored(run), dtype="float32", device=str(device))
-    special = objective_for(how.objective, how.model.arch).special
-    words = writer.tokenizer if how.base else None
-    corpus = prepare(how.data, how.tokenizer, words, special=special, most=how.model.context)
+    corpus = corpus_of(how, writer.tokenizer)
     training = Training(replace(how, base="", adapter=type(how.adapter)()), corpus)
     state = read_json(run.newest() / "train_state.json")
     if state.get("text", "").endswith(IMPROVED):
@@ -167,6 +165,23 @@ def show(found: Sequence[Result], unit: str) -> str:
 class Demo(OfRun):
     """What 4 and 3 bits cost, three ways; of a small model if there is no run."""
 
+    held: int = 100_000  # bytes of held-out text to measure on, about; 0: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.held < 0:
+            raise UserError(f"--held {self.held} must not be negative")
+
+
+def shorter(corpus: Corpus, least: int) -> Corpus:
+    """The corpus with the first of its held-out documents alone, of so many bytes or more."""
+    size = documents = 0
+    while size < least and documents < len(corpus.held):
+        ids = corpus.held.document(documents).tolist()[1:]
+        size, documents = size + len(corpus.tokenizer.decode(ids).encode()), documents + 1
+    held = corpus.meta["held"] | {"bytes": size}
+    return replace(corpus, held=corpus.held.first(documents), meta=corpus.meta | {"held": held})
+
 
 def demo(config: Demo) -> None:
     if not config.run:
@@ -175,10 +190,12 @@ def demo(config: Demo) -> None:
         f"{bits} bits, {name}": Method(method, bits, group)
         for bits in (4, 3)
         for name, method, group in (
-            ("nearest", "rtn", 0), ("gptq", "gptq", 0), ("gptq, groups", "gptq", 64)
+            ("nearest", "rtn", 0), ("nearest, groups", "rtn", 64), ("gptq, groups", "gptq", 64)
         )
     }  # fmt: skip
     it = subject(config)
+    if config.held:
+        it.training.corpus = shorter(it.training.corpus, config.held)
     print(show([result(it, name, how) for name, how in rows.items()], it.unit))
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from adapters import frozen_mark
-from data import Corpus, DataConfig, TokenizerConfig
+from data import Corpus, DataConfig, TokenizerConfig, prepare
 from dropout import drawn_from
 from generate import Sampling, generate
 from guard import AGAIN, LEAST, GuardConfig, Made, Skip, spike
@@ -55,6 +55,7 @@ from step import (
     update,
     write_replay,
 )  # fmt: skip
+from vocabulary import Tokenizer
 from writer import first_model, load_weights
 
 WORLD_STEPS = 800  # enough for the stories of world.py, in less than three minutes
@@ -143,6 +144,13 @@ MAY_CHANGE = {
 def stored(run: Run) -> Train:
     """The settings that a run was made with."""
     return settings(Train, run.config(), str(run.folder / "config.json"))
+
+
+def corpus_of(how: Train, tokenizer: Tokenizer) -> Corpus:
+    """The text that a run was trained on, as tokens; UserError if it is gone."""
+    special = objective_for(how.objective, how.model.arch).special
+    words = tokenizer if how.base else None
+    return prepare(how.data, how.tokenizer, words, special=special, most=how.model.context)
 
 
 def changes(old: object, new: object, prefix: str = "") -> dict[str, str]:

@@ -283,6 +283,24 @@ def test_a_quantized_run_is_a_run(base, way):
     assert once[0] == 0 and once == again
 
 
+def test_fewer_texts_are_measured_by_their_own_bytes(folder):  # noqa: F811
+    assert run("train.py", *TRAIN, "--steps", "2", "--data.held-out", "0.4")[0] == 0
+    it = quant.subject(quant.OfRun("base", device="cpu"))
+    corpus, model = it.training.corpus, it.writer.model
+    size = corpus.meta["held"]["bytes"]
+    texts = [corpus.tokenizer.decode(corpus.held.document(i)[1:].tolist()).encode()
+             for i in range(len(corpus.held))]  # fmt: skip
+    assert sum(map(len, texts)) == size and len(texts) > 1
+    assert quant.shorter(corpus, 10 * size).meta == corpus.meta
+    whole, sums = it.measured(model), []
+    for i in range(len(texts)):
+        it.training.corpus = part = quant.shorter(corpus, sum(map(len, texts[: i + 1])))
+        assert len(part.held) == i + 1
+        sums.append(it.measured(model) * part.meta["held"]["bytes"])
+    assert sums == sorted(sums) and sums[-1] == pytest.approx(whole * size)
+    assert len(corpus.held) == len(texts)  # which is not cut itself
+
+
 def test_a_quantized_run_is_no_other_s_base_but_an_adapter_s(base):
     assert run("quant.py", *SAVE, "--method", "gptq", "--group", "0")[0] == 0
     for words, told in [
