@@ -21,7 +21,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # tests ask for the
 import pytest
 from hypothesis import HealthCheck, settings
 
-from ranks import Ranks
+from ranks import PRELOADED, Ranks
+
+# Also for the programs that tests begin: imports take longer than most of what these then do.
+PRELOADED += ["matplotlib.pyplot", "matplotlib.backends.backend_agg", "align", "bench", "emergence",
+              "evaluate", "optim", "plan", "quant", "sparse", "tour", "tuning"]  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

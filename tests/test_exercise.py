@@ -62,7 +62,8 @@ def test_the_book_says_what_to_do(tmp_path):
     said = go("dpo").stdout
     assert "cd exercise-dpo && pytest tests/test_policy.py" in said and "dpo_loss" in said
     assert (tmp_path / "exercise-dpo/model.py").is_file()
-    assert all(name in go().stdout for name in BOOK)
+    listed = go().stdout
+    assert all(name in listed for name in BOOK)
     assert "σ" in go("dpo", "--hints").stdout
     for words, sentence in ((["knitting"], "is none of bpe"), (["dpo"], "exists already")):
         failed = go(*words)
