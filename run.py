@@ -7,6 +7,8 @@
                 checkpoints/step-000500/   model.safetensors, train_state.safetensors,
                                            train_state.json, manifest.json (a hash of each)
                 loss.png           the picture
+                skips.json         which updates were left out, where a guard did so
+                forecast.json      what was said of it before it began, where that was asked for
                 lock               held by the process that writes here, whose number it has
 
 No run is lost to a kill, a crash or a full disk: what is written is written beside its place,
