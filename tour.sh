@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tour: from raw text to a model that is aligned, quantized and examined, on two cores, without a
-# network, in some twenty minutes. Each stage is a command of the project at smaller settings; the
+# network, in some 15 to 20 minutes. Each stage is a command of the project at smaller settings; the
 # number that it reached is printed beside the range that it should lie in (tour.py). A stage that
 # fails ends the tour with its reason; run again, the tour goes on from there.
 #
