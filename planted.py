@@ -42,7 +42,7 @@ class Planted(NamedTuple):
 
 # --- faults ---------------------------------------------------------------------------------------
 
-OTHERS = (  # languages that are not English, with words enough for many sentences
+OTHERS = (  # two sentences each in languages that are not English
     "Der Hund geht langsam durch den alten Garten und sucht seinen roten Ball unter dem Baum.",
     "Gestern war das Wetter schön, und wir haben am Fluss mit den Kindern gespielt.",
     "La fille marche dans la forêt avec son frère et ils cherchent une maison blanche.",
@@ -57,7 +57,8 @@ FOOTERS = (
 
 
 def another_language(text: str, rng: random.Random) -> Planted:
-    some = [s for s in OTHERS if OTHERS.index(s) // 2 == rng.randrange(3)] or OTHERS[:2]
+    first = rng.randrange(0, len(OTHERS), 2)
+    some = OTHERS[first : first + 2]
     return Planted(" ".join(rng.choice(some) for _ in range(12)), "another language")
 
 
