@@ -76,7 +76,7 @@ def bugs_of(name: str) -> list[Planted]:
     return [Planted(file_of(name), old, new, tests) for old, new in some]
 
 
-def planted(it: Planted) -> subprocess.CompletedProcess:
+def planted(it: Planted, limit: float = LIMIT) -> subprocess.CompletedProcess:
     """Its tests in a copy of the project that has the bug, until the first that fails."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
@@ -89,7 +89,7 @@ def planted(it: Planted) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
              *(f"tests/{test}" for test in it.tests)],
-            cwd=copy, capture_output=True, text=True, timeout=LIMIT,
+            cwd=copy, capture_output=True, text=True, timeout=limit,
             env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
 

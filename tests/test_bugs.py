@@ -1,16 +1,20 @@
 """Every planted bug of tests/bugs.py has one place, is Python, and is caught by its tests.
 
+And there are mutants of every file (tests/mutants.py).
+
 Run: pytest tests/test_bugs.py -m slow -n auto --dist load    all of them, an hour or so
      pytest tests/test_bugs.py -m slow -k flash               those of one file
 """
 
 import ast
+import random
 from pathlib import Path
 
 import pytest
 from bugs import BUGS, bugs_of, caught, planted
 from conftest import ROOT
 from museum import MUSEUM
+from mutants import mutant, own_tests
 
 NAMES = ("museum", *BUGS)
 ALL = [
@@ -37,6 +41,19 @@ def test_an_exhibit_names_its_law(it):
 def test_all_files_of_bugs_are_collected():
     for path in Path(__file__).parent.glob("bugs_*.py"):
         assert path.stem in (ROOT / "tests/bugs.py").read_text(encoding="utf-8")
+
+
+def test_every_file_has_mutants_and_tests_that_should_see_them():
+    """A mutant is Python, unlike the file in one place, and the same from the same seed."""
+    tests = own_tests()
+    files = {str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.py"), *ROOT.glob("kernels/*"))}
+    assert {f for f in files if f.endswith(".py")} - {"kernels/__init__.py"} == tests.keys()
+    for number, file in enumerate(sorted(tests)):
+        it, where = mutant(file, tests[file], random.Random(number))
+        again, _ = mutant(file, tests[file], random.Random(number))
+        assert it == again and it.new != it.old and where.startswith(f"{file}:"), where
+        assert ast.dump(ast.parse(it.new)) != ast.dump(ast.parse(it.old)), where
+        assert all((ROOT / "tests" / test).is_file() for test in it.tests)
 
 
 @pytest.mark.slow
