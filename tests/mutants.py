@@ -18,6 +18,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import tyro
 from bugs import ROOT, Planted, caught, planted
@@ -88,16 +89,16 @@ def mutant(file: str, tests: tuple[str, ...], draw: random.Random) -> tuple[Plan
     """A file with a change, and in words where and which; UserError if it computes nothing."""
     source = (ROOT / file).read_text(encoding="utf-8")
     lines = source.encode().splitlines(keepends=True)
-    starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
+    starts = [0, *accumulate(map(len, lines))]
     sites = [n for n in computing(ast.parse(source)) if hasattr(n, "lineno")]
     draw.shuffle(sites)
     for node in sites:
-        old = ast.get_source_segment(source, node)
         if new := changed(node):
             begin = starts[node.lineno - 1] + node.col_offset
             end = starts[node.end_lineno - 1] + node.end_col_offset
             whole = (source.encode()[:begin] + new.encode() + source.encode()[end:]).decode()
             ast.parse(whole)
+            old = source.encode()[begin:end].decode()
             said = textwrap.shorten(f"{old} → {new}", 70)
             return Planted(file, source, whole, tests), f"{file}:{node.lineno} {said}"
     raise UserError(f"{file} computes nothing that could be changed")
