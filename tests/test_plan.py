@@ -296,6 +296,14 @@ def test_memory_is_that_of_the_fullest_stage(devices):
             assert held["total"][i] == pytest.approx(want, rel=1e-9), words(plan)
 
 
+def test_the_fullest_stage_may_stand_in_the_middle():
+    for recompute in ("none", "blocks"):
+        plan = Plan(1, 3, 1, 0, 4, (1, 4, 1), recompute=recompute)
+        held = gigabytes(columns_of(replace(SMALL, vocab_size=256), [plan], 96), Room())
+        want = slow_gigabytes(replace(SMALL, vocab_size=256), plan, 96, Room())
+        assert held["total"][0] == pytest.approx(want, rel=1e-9), recompute
+
+
 def test_zero_divides_what_it_says():
     """16 bytes of a parameter (Rajbhandari et al.), 4 more where gradients are summed in fp32."""
     N = columns_of(SMALL, [Plan(rows=1, layers=(6,))], 64)["weights"][0] * 6 + 1000 * 512

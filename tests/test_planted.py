@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from planted import FAULTS, card, cleaned, documents
+from planted import FAULTS, Found, card, cleaned, documents
 from redact import find
 
 
@@ -18,6 +18,11 @@ def test_each_step_finds_what_was_planted_for_it(tmp_path, seed):
         assert found[fault].step == step and found[fault].planted >= 20
         assert found[fault].recall >= 0.95, found[fault]
         assert found[fault].precision >= (0.7 if fault == "no prose" else 0.95), found[fault]
+
+
+def test_a_step_that_removes_nothing_removes_nothing_wrongly():
+    found = Found("copies", "copy", 5, 0, 0, 0)
+    assert found.precision == 1 and found.recall == 0
 
 
 def test_what_is_planted_as_private_looks_so():

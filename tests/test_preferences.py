@@ -179,6 +179,12 @@ def test_a_person_labels_stops_goes_on_and_takes_back(tmp_path, capsys):
         session(path, "1")
 
 
+def test_what_is_taken_back_is_gone_from_the_file_too(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    first = session(path, "213", "1", "q")
+    assert session(path, "u", "q") == first[:1] and len(list(read(path))) == 1
+
+
 def test_each_answer_is_saved_before_the_next_question(tmp_path):
     path, seen = tmp_path / "mine.jsonl", []
 
