@@ -3,6 +3,7 @@
 import ast
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import runpy
@@ -266,6 +267,8 @@ def as_a_program(words, folder, said):
     for number in (1, 2):
         os.dup2(file, number)
 
+    # Ask the server that this process came from, which has all imports, and begin no other.
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
     run = subprocess.run
 
     def begun(program, **more):
