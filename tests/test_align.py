@@ -130,6 +130,16 @@ def test_what_is_cut_and_what_cannot_be_read_is_said(folder):
     assert "left out 1 × more than 512 tokens" in out and 'talk.jsonl:62 "output" is missing' in out
 
 
+def test_lessons_are_written_once_wherever_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = stages.lessons_file(Lessons(("add",), count=5, seed=1))
+    made = path.stat().st_mtime_ns
+    assert len(path.read_text().splitlines()) == 5
+    assert stages.lessons_file(Lessons(("add",), count=5, seed=1)) == path
+    assert path.stat().st_mtime_ns == made
+    assert stages.lessons_file(Lessons(("add",), count=5, seed=2)) != path
+
+
 def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_used(folder, monkeypatch):
     calls = []
     monkeypatch.setattr(stages, "start", lambda *words: calls.append(words))
