@@ -104,7 +104,7 @@ def clip(
 def shrink(
     grads: list[Tensor], norm: float, largest: float, by: str = "norm", scale: float = 1.0
 ) -> None:
-    """`clip`, where the norm of g/scale is known: many processes know it together alone."""
+    """`clip` by a norm ‖g/scale‖ that is known already, as where many processes summed it."""
     factor = 1 / scale
     if by == "norm" and 0 < largest < norm < math.inf:
         factor *= largest / norm

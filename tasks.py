@@ -532,9 +532,8 @@ class Show:
     seed: int = 0
 
     def __post_init__(self):
-        check([self.task] if self.task else [], [self.level])
-        if self.count < 1:
-            raise UserError("--count must be at least 1")
+        if not 1 <= self.level <= 20 or self.count < 1:
+            raise UserError("--level must be from 1 to 20, --count at least 1")
 
 
 def script() -> None:

@@ -296,6 +296,8 @@ def test_fewer_texts_are_measured_by_their_own_bytes(folder):  # noqa: F811
     for i in range(len(texts)):
         it.training.corpus = part = quant.shorter(corpus, sum(map(len, texts[: i + 1])))
         assert len(part.held) == i + 1
+        for j in range(i + 1):
+            assert part.held.document(j).tolist() == corpus.held.document(j).tolist()
         sums.append(it.measured(model) * part.meta["held"]["bytes"])
     assert sums == sorted(sums) and sums[-1] == pytest.approx(whole * size)
     assert len(corpus.held) == len(texts)  # which is not cut itself
