@@ -32,7 +32,8 @@ Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGP
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +48,8 @@ import preferences
 import questions
 import tasks
 from adapters import adapt, first_ids
-from chat import END, keep_template, knows_roles
-from examine import Examine, Result, examined
+from chat import keep_template, knows_roles
+from examine import Examine, Result, TooLong, examined
 from improve import Dpo, Grpo, Improve, Improvement, Pair, Ppo, loop
 from instruct import Lessons
 from judge import problems
@@ -61,8 +62,9 @@ from reward import load as load_reward
 from rollout import sample
 from run import Run, UserError, check_free, main, read_json, settings, start, write_json
 from stages import base_run, choose, free, lessons_file, tuned_run
+from step import pick_device
 from training import stored
-from writer import Writer, writer_of
+from writer import Writer, base_of, writer_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Sft:
     def __post_init__(self):
         if min(self.steps, self.batch, self.asked) < 1:
             raise UserError("--steps, --batch and --asked must be at least 1")
-        tasks.check(self.examined, self.lessons.levels)
+        tasks.check(self.examined or tasks.PLAIN, self.lessons.levels)
         if self.path and self.mix:
             raise UserError("--path stands instead of the lessons, --mix beside them: give one")
 
@@ -98,7 +100,7 @@ class Sft:
 def sft(config: Sft) -> None:
     """Examine the base, tune it, examine what came of it."""
     config = replace(config, name=config.name or free("sft"))
-    check_free(config.name)
+    check_free(config.name, "go on with python train.py {}, or ")
     base = base_run(config.base)
     own = ("--data.path", config.path)
     if not config.path:
@@ -109,37 +111,46 @@ def sft(config: Sft) -> None:
             "--data.cap",
             str(config.cap),
         )
-    before = before_tuning(config, base)
+    begun = base_of(base)
+    begun.model.to(pick_device(config.device))
+    before = before_tuning(config, begun)
     start("train.py", "--base", base, "--name", config.name, "--objective", "chat",
           "--data.form", "chat", *own, "--steps", str(config.steps),
           "--batch", str(config.batch), "--optim.lr", str(config.lr),
           "--seed", str(config.seed), "--device", config.device,
           *flags(config.adapter))  # fmt: skip
-    report(config, before | {"tuned": examination(config, config.name, 0)})
+    writer = writer_of(config.name, "", config.device)
+    report(config, before | {"tuned": examination(config, writer, 0)})
 
 
-def before_tuning(config: Sft, base: str) -> dict[str, list[Result]]:
-    """A base is asked as it stands, and with four examples, which tell it the form."""
-    return {
-        "base": examination(config, base, 0),
-        "base, 4 examples": examination(config, base, 4),
-    }
+def before_tuning(config: Sft, base: Writer) -> dict[str, list[Result]]:
+    """A base is asked as it stands, and with four examples, which tell it the form, if they fit."""
+    found = {"base": examination(config, base, 0), "base, 4 examples": examination(config, base, 4)}
+    return {name: each for name, each in found.items() if each}
 
 
 NEW = "new pairs"  # of operations: compositions that no lesson had
 
 
-def examination(config: Sft, run: str, shots: int) -> list[Result]:
+def examination(config: Sft, writer: Writer, shots: int) -> list[Result]:
     """On problems, words and compositions that no lesson had; the compositions together. Or on
-    problems of named tasks alone, at the lessons' levels."""
+    problems of named tasks alone, at the lessons' levels. Those of which no question fits into the
+    context are left out."""
     how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60,
                   wording=config.wording)  # fmt: skip
-    writer, pairs = writer_of(run, "", config.device), tuple(tasks.composed("test"))
+    pairs, parts = tuple(tasks.composed("test")), [(how, "")]
     if config.examined:
-        own = replace(how, tasks=config.examined, levels=config.lessons.levels, tokens=160)
-        return examined(writer, own)
-    some = replace(how, tasks=pairs, count=max(1, config.asked // len(pairs)))
-    return [*examined(writer, how), *examined(writer, some, NEW)]
+        parts = [
+            (replace(how, tasks=config.examined, levels=config.lessons.levels, tokens=160), "")
+        ]
+    else:
+        some = replace(how, tasks=pairs, count=max(1, config.asked // len(pairs)))
+        parts.append((some, NEW))
+    found = []
+    for part, together in parts:
+        with suppress(TooLong):
+            found += examined(writer, part, together)
+    return found
 
 
 def report(config: Sft, found: dict[str, list[Result]]) -> None:
@@ -176,16 +187,12 @@ def better(config: Improve) -> None:
     with one_voice(world):
         group = world if world.size > 1 else None
         kind = type(config).__name__.lower()
-        tuned = lead(world, lambda: tuned_run(config.run))
         if config.resume:
             run = shared(world, lambda: Run.resume(config.name))
-            kept = settings(
-                type(config), read_json(run.folder / "improvement.json"), str(run.folder)
-            )
-            config = replace(kept, name=config.name, resume=True)
-            tuned = config.run
-        config = replace(config, run=tuned)
-        writer = writer_of(tuned, "", config.device)
+            config = as_begun(config, run)
+        else:
+            config = replace(config, run=lead(world, lambda: tuned_run(config.run)))
+        writer = writer_of(config.run, "", config.device)
         if config.adapter.kind != "none":
             writer = writer._replace(model=plain(writer.model))
             adapt(writer.model, config.adapter, config.seed,
@@ -207,6 +214,20 @@ def better(config: Improve) -> None:
             told(run, it, {"before": before, "after": standing(it.writer, config)})
 
 
+def as_begun(config: Improve, run: Run) -> Improve:
+    """The settings with which a run began; UserError if others are given beside --resume."""
+    path = run.folder / "improvement.json"
+    kept = settings(type(config), read_json(path), str(path))
+    for field in fields(config):
+        given = getattr(config, field.name)
+        if field.name not in ("name", "resume") and given not in (
+            field.default, getattr(kept, field.name)
+        ):  # fmt: skip
+            flag = field.name.replace("_", "-")
+            raise UserError(f"--resume goes on as {run.name} began: leave out --{flag}")
+    return replace(kept, name=config.name, resume=True)
+
+
 def improvement(config: Improve, writer: Writer, world: Group | None) -> Improvement:
     """What moves the run, with its judge; UserError if they do not belong together."""
     if not knows_roles(writer.tokenizer):
@@ -224,13 +245,11 @@ def improvement(config: Improve, writer: Writer, world: Group | None) -> Improve
 
 def pairs(config: Dpo, writer: Writer) -> list[Pair]:
     """Of each order all pairs, but for equal ones."""
-    end, tokenizer = [writer.tokenizer.special[END]], writer.tokenizer
     found = []
-    for one in preferences.usable(Path(config.preferences), config.strict):
-        if isinstance(one, preferences.Ranking):
-            prompt = prompt_ids(writer, one.prompt)
-            ids = [tokenizer.encode(text) + end for text in one.responses]
-            found += [Pair(prompt, ids[i], ids[j]) for i, j, often in one.pairs() if often == 1]
+    orders = [one for one in preferences.usable(Path(config.preferences), config.strict)
+              if isinstance(one, preferences.Ranking)]  # fmt: skip
+    for one, (prompt, ids) in judge.in_context(writer, orders, config.strict):
+        found += [Pair(prompt, ids[i], ids[j]) for i, j, often in one.pairs() if often == 1]
     if not found:
         raise UserError(
             f"{config.preferences} holds no order of answers, and DPO learns from nothing else"

@@ -25,8 +25,8 @@ import tasks
 from evaluate import interval
 from instruct import Lessons
 from pictures import LINES, picture, smooth, table
-from run import RUNS, Run, UserError, read_json, start, write_json
-from stages import lessons_file, trained
+from run import RUNS, Run, UserError, read_json, write_json
+from stages import lessons_file, made, trained
 
 SMALL = ("--model.dim", "96", "--model.layers", "3", "--model.context", "256")
 COLORS = {"sft": "#777777", "ppo": "#1f4e8c", "grpo": "#b5892e", "dpo": "#2a7f62"}
@@ -35,11 +35,12 @@ HATCHES = ("", "//", "..", "xx")
 
 def improved(kind: str, name: str, *words: str) -> Run:
     """A run of ppo, grpo or dpo; made if it is not there yet, or on from where it was stopped."""
-    if not (RUNS / name / "config.json").is_file():
-        start("align.py", kind, "--name", name, *words)
-    elif not (RUNS / name / "standing.json").is_file():
-        start("align.py", kind, "--name", name, "--resume")
-    return Run.open(name)
+    return Run.open(made(name, "align.py", kind, *words, last="standing.json"))
+
+
+def rewarded(name: str, *words: str) -> str:
+    """A reward model; fitted if it is not there yet."""
+    return made(name, "align.py", "reward", *words, last="examination.json")
 
 
 def band(axes, steps: Sequence[int], each: Sequence[Sequence[float]], **look) -> None:
@@ -76,6 +77,7 @@ class Think:
     def __post_init__(self):
         if min(self.tuning, self.steps, self.seeds, self.asked, self.tokens) < 1:
             raise UserError("--tuning, --steps, --seeds, --asked and --tokens must be at least 1")
+        tasks.check(("add",), self.digits, "--digits")
 
 
 def undecided(config: Think, seed: int) -> str:
@@ -161,6 +163,7 @@ class Hack:
             raise UserError(
                 "--count and --steps must be at least 1, --betas some that are not below 0"
             )
+        tasks.check(("add",), self.digits, "--digits")
 
 
 def hack(config: Hack) -> None:
@@ -168,10 +171,9 @@ def hack(config: Hack) -> None:
     how = Think(config.digits, config.tuning, config.lessons, device=config.device)
     run = undecided(how, config.seed)
     asked = ("--tasks", "add", "--levels", *map(str, config.digits))
-    weak = f"weak-{config.count}-{config.seed}"
-    if not (RUNS / weak / "examination.json").is_file():
-        start("align.py", "reward", "--name", weak, "--run", run, "--count", str(config.count),
-              *asked, "--seed", str(config.seed), "--device", config.device)  # fmt: skip
+    weak = rewarded(f"weak-{config.count}-{config.seed}", "--run", run, "--count",
+                    str(config.count), *asked, "--seed", str(config.seed), "--device",
+                    config.device)  # fmt: skip
     runs = {
         beta: improved(
             "grpo", f"hack-{config.count}-{beta:g}-{config.steps}-{config.seed}", "--run", run,
@@ -193,7 +195,8 @@ def hack(config: Hack) -> None:
 
 def draw_hack(found: dict[float, list[dict]], path: Path) -> None:
     with picture(path, 3, (15, 4.5)) as panels:
-        looks = zip(found.items(), ("#c8442d", "#1f4e8c", "#2a7f62"), cycle(LINES), strict=False)
+        colors = cycle(("#c8442d", "#1f4e8c", "#2a7f62"))
+        looks = zip(found.items(), colors, cycle(LINES), strict=False)
         for (beta, rows), color, line in looks:
             steps = [row["step"] for row in rows]
             for axes, name in zip(panels, ("reward", "worth", "kl"), strict=True):
@@ -228,6 +231,7 @@ class All:
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
+        tasks.check(self.tasks, self.levels)
         tasks.check((*self.tasks, *self.also), self.levels)
         if min(self.base, self.tuning, self.compared, self.steps, self.seeds, self.asked) < 1:
             raise UserError("all numbers must be at least 1")
@@ -251,10 +255,9 @@ def chained(config: All, seed: int) -> dict[str, Run]:
         "chat", "--data.path", str(lessons_file(lessons)), "--batch", "32", "--steps",
         str(config.tuning), "--seed", str(seed), *how,
     )  # fmt: skip
-    reward, count = f"all-reward-{config.compared}-{seed}", str(config.compared)
-    if not (RUNS / reward / "examination.json").is_file():
-        start("align.py", "reward", "--name", reward, "--run", tuned, "--count", count, *asked,
-              "--seed", str(seed), *how)  # fmt: skip
+    count = str(config.compared)
+    reward = rewarded(f"all-reward-{count}-{seed}", "--run", tuned, "--count", count, *asked,
+                      "--seed", str(seed), *how)  # fmt: skip
     words = (
         "--run", tuned, "--reward", reward, *asked, "--also", *config.also, "--asked",
         str(config.asked), "--tokens", str(config.tokens), "--seed", str(seed), *how,

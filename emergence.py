@@ -27,6 +27,7 @@ Letters: B rows · T tokens of a row · n symbols.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,8 @@ class Shots:
     def __post_init__(self):
         if min(self.steps, self.batch, self.seeds, self.asked, self.every) < 1:
             raise UserError("all numbers must be at least 1")
+        if not self.sizes:
+            raise UserError("--sizes needs one at least")
         for size in self.sizes:
             shape_of(size)
 
@@ -193,7 +196,7 @@ def draw_shots(found: dict[str, list[Learned]], path: Path) -> None:
     """Left by number of pairs, right by training step, with the loss of the last size."""
     with picture(path, 2, (12, 4.8)) as (left, right):
         shots = range(PAIRS)
-        for (size, runs), color in zip(found.items(), SIZES, strict=False):
+        for (size, runs), color in zip(found.items(), cycle(SIZES), strict=False):
             each = [with_interval([r.right[-1][k] for r in runs]) for k in shots]
             left.plot(
                 shots, [100 * y for y, _ in each], "o-", markersize=4, color=color, label=size
@@ -235,6 +238,7 @@ class Thought:
     def __post_init__(self):
         if min(self.steps, self.seeds, self.asked, self.votes) < 1:
             raise UserError("--steps, --seeds, --asked and --votes must be at least 1")
+        tasks.check(("add",), self.digits, "--digits")
 
 
 WAYS = {"at once": {}, "step by step": {"think": True}, "by vote": {"think": True, "votes": 0}}
@@ -300,8 +304,8 @@ class Tuning:
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self):
-        if min(self.steps, self.seeds, self.asked, *self.counts) < 1:
-            raise UserError("all numbers must be at least 1")
+        if not self.counts or min(self.steps, self.seeds, self.asked, *self.counts) < 1:
+            raise UserError("all numbers must be at least 1, and --counts some")
         if max(self.counts) > len(Lessons().names):
             raise UserError(f"there are {len(Lessons().names)} tasks to learn from")
 

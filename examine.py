@@ -24,6 +24,7 @@ Papers: Brown et al. 2020, GPT-3 (arXiv 2005.14165); Wei et al. 2022 (arXiv 2201
 al. 2022 (arXiv 2205.11916); Wang et al. 2023, self-consistency (arXiv 2203.11171); Efron 1979.
 """
 
+import math
 import random
 import re
 from collections import Counter
@@ -108,9 +109,9 @@ def from_file(path: Path) -> list[Asked]:
         if isinstance(turns, str):
             raise UserError(f"{where} {turns}")
         *_, asked, reply = turns if len(turns) > 1 else (Turn("user", ""), *turns)
-        _, _, listed = asked.text.rpartition("\nA. ")
-        letters = ("A", *re.findall(r"^([A-Z])\. ", listed, re.MULTILINE))
-        letters = letters if reply.text in letters else ()
+        _, list_of, listed = asked.text.rpartition("\nA. ")
+        letters = ("A", *re.findall(r"^([A-Z])\. ", listed, re.MULTILINE)) if list_of else ()
+        letters = letters if len(letters) > 1 and reply.text in letters else ()
         worked = reply.text if ANSWER in reply.text else ""
         found.append(Asked(kind, asked.text, final(reply.text), worked, letters))
     return found
@@ -127,6 +128,10 @@ def unlisted(asked: Asked) -> Asked:
 
 
 # --- how it is asked ------------------------------------------------------------------------------
+
+
+class TooLong(UserError):
+    """No question fits into the context."""
 
 
 class Manner(NamedTuple):
@@ -190,9 +195,14 @@ AT_ONCE = 64  # questions
 
 
 def replies(
-    writer: Writer, asked: list[list[int]], sampling: Sampling, tokens: int, seed: int
+    writer: Writer,
+    asked: list[list[int]],
+    sampling: Sampling,
+    tokens: int,
+    seed: int,
+    end: str = "\n",
 ) -> list[str]:
-    """What the model writes behind each prompt; of a model that is no chat's the first line."""
+    """What the model writes behind each prompt; of a model that is no chat's up to `end`."""
     found = [""] * len(asked)
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))  # alike ones at once
     speaks = chat.knows_roles(writer.tokenizer)
@@ -208,12 +218,14 @@ def replies(
                     column.append(token)
         for i, column in zip(some, ids, strict=True):
             text = writer.tokenizer.decode(column)
-            found[i] = text if speaks else text.strip().split("\n")[0]
+            found[i] = text if speaks else text.strip().split(end)[0]
     return found
 
 
 def right(asked: Asked, reply: str) -> bool:
-    return final(reply) == " ".join(asked.answer.split()).rstrip(".")
+    """Is the answer in a reply the right one? 1,200 and 1200 are one number (Cobbe et al. 2021)."""
+    said, key = (re.sub(r"(?<=\d),(?=\d{3}\b)", "", final(x)) for x in (reply, asked.answer))
+    return said == key
 
 
 def voted(each: Sequence[str]) -> str:
@@ -262,18 +274,26 @@ def chosen(
 
 # --- leaks ----------------------------------------------------------------------------------------
 
-RUN = 13  # tokens in a row that nobody writes twice by chance (Brown et al. 2020, appendix C)
+RUN = 13  # words in a row that nobody writes twice by chance (Brown et al. 2020, appendix C)
 
 
-def leaked(questions: Sequence[Asked], tokenizer: Tokenizer, shards: Shards) -> list[bool]:
-    """Whether 13 tokens in a row of a question, or all if it is shorter, were trained on."""
+def words_in_tokens(questions: Sequence[Asked], tokenizer: Tokenizer) -> int:
+    """In how many tokens of the questions there are 13 words, on average."""
+    words = sum(len(q.question.split()) for q in questions)
+    return math.ceil(RUN * sum(len(tokenizer.encode(q.question)) for q in questions) / words)
+
+
+def leaked(
+    questions: Sequence[Asked], tokenizer: Tokenizer, shards: Shards, run: int = RUN
+) -> list[bool]:
+    """Whether `run` tokens in a row of a question, or all if it is shorter, were trained on."""
     ids = [np.array(tokenizer.encode(q.question), np.uint64) for q in questions]
     found = [False] * len(ids)
-    for n in sorted({min(RUN, len(x)) for x in ids}):
+    for n in sorted({min(run, len(x)) for x in ids}):
         known = np.concatenate([windows(np.asarray(file, np.uint64), n) for file in shards.files])
         known = np.unique(known)
         for i, x in enumerate(ids):
-            if min(RUN, len(x)) == n:
+            if min(run, len(x)) == n:
                 found[i] = bool(np.isin(windows(x, n), known).any())
     return found
 
@@ -289,10 +309,11 @@ def leak_check(run: Run, writer: Writer, questions: Sequence[Asked]) -> str:
         corpus = corpus_of(stored(run), writer.tokenizer)
     except UserError as error:
         return f"no leak check: {error}"
-    many = sum(leaked(questions, writer.tokenizer, corpus.train))
+    tokens = words_in_tokens(questions, writer.tokenizer)
+    many = sum(leaked(questions, writer.tokenizer, corpus.train, tokens))
     return (
-        f"leak check: {many} of {len(questions)} questions have {RUN} tokens in a row that were "
-        "trained on"
+        f"leak check: {many} of {len(questions)} questions have {tokens} tokens in a row ({RUN} "
+        "words) that were trained on"
     )
 
 
@@ -365,6 +386,10 @@ class Examine:
             raise UserError("--count, --votes and --tokens must be at least 1, --shots at least 0")
         if self.examples and not self.file:
             raise UserError("--examples are for the questions of a --file: give both")
+        if self.votes > 1 and self.ask != "exact":
+            raise UserError("--votes are of drawn answers: leave --ask out")
+        if self.run and self.model:
+            raise UserError("--run and --model are two models: give one")
         tasks.check(self.tasks, self.levels)
 
 
@@ -374,6 +399,8 @@ def questions_of(config: Examine) -> tuple[list[Asked], list[Asked]]:
         every = from_files(Path(config.file))
         pool = from_files(Path(config.examples)) if config.examples else every
         kinds = dict.fromkeys(q.kind for q in every)
+        if len(kinds) == len({q.kind for q in pool}) == 1:  # whatever the two files are called
+            pool = [q._replace(kind=every[0].kind) for q in pool]
         some = [q for kind in kinds for q in [q for q in every if q.kind == kind][: config.count]]
         return some, pool
     many = max(8, 2 * config.shots) if config.shots else 0
@@ -392,6 +419,8 @@ def questions_of(config: Examine) -> tuple[list[Asked], list[Asked]]:
 
 def examined(writer: Writer, config: Examine, together: str = "") -> list[Result]:
     """The results of an examination, one for each kind; or one for all together, of that name."""
+    if writer.model.config.arch != "decoder":
+        raise UserError("questions are for a decoder, which goes on with what it is given")
     questions, pool = questions_of(config)
     if config.ask.startswith("answer"):
         questions, pool = [unlisted(q) for q in questions], [unlisted(q) for q in pool]
@@ -401,22 +430,22 @@ def examined(writer: Writer, config: Examine, together: str = "") -> list[Result
     if not all(fitting):
         long = f"longer than the model's context of {writer.model.config.context:,} tokens"
         if not any(fitting):
-            raise UserError(f"all questions are {long}, with {config.shots} examples")
+            raise TooLong(f"all questions are {long}, with {config.shots} examples")
         print(f"left out {fitting.count(False)} of {len(questions)} questions: {long}")
         questions, asked = list(compress(questions, fitting)), list(compress(asked, fitting))
     if config.ask != "exact":
         if missing := [q for q in questions if not q.choices]:
             raise UserError(f"--ask {config.ask} needs choices, and {missing[0].kind} has none")
         said = chosen(writer, questions, asked, config.ask == "answer-per-byte")
-    elif config.votes == 1:
-        said = replies(writer, asked, Sampling(greedy=True), config.tokens, config.seed)
     else:
-        drawn = Sampling(config.temperature, top_p=1.0)
+        greedy = Sampling(greedy=True)
+        sampling = greedy if config.votes == 1 else Sampling(config.temperature, top_p=1.0)
+        end = "\n\n" if config.think else "\n"  # steps have lines, and examples stand apart
         each = [
-            replies(writer, asked, drawn, config.tokens, config.seed + 10**6 * vote)
+            replies(writer, asked, sampling, config.tokens, config.seed + 10**6 * vote, end)
             for vote in range(config.votes)
         ]
-        said = [voted(answers) for answers in zip(*each, strict=True)]
+        said = each[0] if config.votes == 1 else [voted(a) for a in zip(*each, strict=True)]
     if together:
         questions = [q._replace(kind=together) for q in questions]
     return results(questions, said, config.seed)
@@ -453,12 +482,14 @@ def draw(found: dict[str, Sequence[Result]], path: Path, title: str) -> None:
 
 def script() -> None:
     config = tyro.cli(Examine, description=__doc__.split("\n")[0])
-    writer = writer_of(config.run, config.model, config.device, config.adapter)
+    run = None if config.model else Run.open(config.run)  # once: another may be the newest soon
+    folder = run.folder if run else RUNS
+    writer = writer_of(str(folder) if run else "", config.model, config.device, config.adapter)
     found = examined(writer, config)
     print(show(found))
-    if not config.model:
-        print("\n" + leak_check(Run.open(config.run), writer, questions_of(config)[0]))
-    folder = RUNS if config.model else Run.open(config.run).folder
+    if run:
+        print("\n" + leak_check(run, writer, questions_of(config)[0]))
+    folder.mkdir(exist_ok=True)
     write_json(folder / "examination.json", {
         "settings": asdict(config), "results": [r._asdict() for r in found]
     })  # fmt: skip

@@ -83,7 +83,7 @@ class Improve:
     path: str = ""  # instead, conversations of yours, of which the last question is asked
     adapter: Adapter = Adapter()
     steps: int = 60  # rounds of answers
-    batch: int = 64  # responses that go through the model at once
+    batch: int = 64  # responses that are looked at and learnt from at once; all are drawn at once
     lr: float = 3e-4  # highest learning rate; it falls to 0
     eps: float = 1e-5  # of Adam: larger than in training, as first gradients are small
     clip_norm: float = 1.0  # largest gradient
@@ -106,11 +106,10 @@ class Improve:
             raise UserError(
                 "--beta and --lr must be at least 0, --temperature, --eps and --explode above 0"
             )
+        tasks.check(self.tasks, self.levels)
         tasks.check((*self.tasks, *self.also), self.levels)
         if self.path and not self.reward:
             raise UserError("--path needs a --reward, which judges what nobody can check")
-        if not self.tasks:
-            raise UserError("--tasks must name some")
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,10 @@ class Online(Improve):
                 "--clip must lie between 0 and 1, --penalty, --stop-kl and --target-kl be at "
                 "least 0"
             )
-        if self.horizon < 1:
-            raise UserError("--horizon must be at least 1")
+        if self.horizon < (self.questions * self.each if self.target_kl else 1):
+            raise UserError("--horizon must be at least the answers of a round, and at least 1")
+        if self.target_kl and not self.beta:
+            raise UserError("--target-kl steers --beta by factors, so that must be above 0")
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,8 @@ class Improvement:
         norm = clip(self.params, self.rate.clip)
         if not math.isfinite(norm):
             raise UserError(
-                f"round {self.step + 1}: the gradient is not finite; the last checkpoint is kept, "
-                f"lower --lr from {self.config.lr}"
+                f"round {self.step + 1}: the gradient is not finite; the last checkpoint is kept; "
+                f"begin anew with less --lr than {self.config.lr}"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.rate, self.step, self.config.steps)
@@ -326,8 +327,8 @@ class Improvement:
         if not kl <= self.config.explode:
             raise UserError(
                 f"round {self.step + 1}: the policy is {kl:.1f} nats from what it was, more than "
-                f"--explode {self.config.explode:g}; the last checkpoint is kept: raise --beta "
-                f"from {self.config.beta:g}, or lower --lr from {self.config.lr:g}"
+                f"--explode {self.config.explode:g}; the last checkpoint is kept; begin anew "
+                f"with more --beta than {self.config.beta:g}, or less --lr than {self.config.lr:g}"
             )
 
     def totals(self, sums: dict[str, float]) -> dict[str, float]:
@@ -485,7 +486,7 @@ class OnlineImprovement(Improvement):
         for epoch in range(c.epochs):
             rng = generator(c.seed, "minibatches", self.step * c.epochs + epoch)
             order = torch.randperm(c.questions * c.each, generator=rng)
-            for part in order.chunk(c.minibatches):
+            for part in order.tensor_split(c.minibatches):
                 own = [place[n] for n in part.tolist() if n in place]
                 yield torch.tensor(own, dtype=torch.long)
 

@@ -46,7 +46,7 @@ class Lessons:
     seed: int = 0
 
     def __post_init__(self):
-        tasks.check(self.tasks, self.levels)
+        tasks.check(self.names, self.levels)
         if self.count < 2 or self.turns < 1 or not 0 <= self.think <= 1:
             raise UserError("--count must be at least 2, --turns 1, and --think from 0 to 1")
 

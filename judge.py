@@ -20,7 +20,7 @@ al. 2022 (arXiv 2203.02155).
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import preferences
 import tasks
-from adapters import adapt, first_ids
+from adapters import adapt
 from chat import END, Turn, Turns, knows_roles
 from improve import Dpo
 from lora import Adapter, plain
@@ -109,8 +109,6 @@ class Answers:
         if self.count < 1 or not 2 <= self.each <= 9:
             raise UserError("--count must be at least 1, and --each from 2 to 9")
         tasks.check(self.tasks, self.levels)
-        if not self.tasks:
-            raise UserError("--tasks must name some")
 
 
 def asked_and_said(config: Answers) -> list[tuple[Problem, tuple[str, ...]]]:
@@ -248,11 +246,12 @@ def material(config: Reward, writer: Writer, found: Sequence[Ranking | Rating]) 
     raters = sorted({one.rater for one in kept if isinstance(one, Rating)})
     sides: tuple[list, list] = ([], [])
     spoken = []
-    for one in kept:
+    for one, (prompt, ids) in in_context(writer, kept, config.strict):
         out = held_out(one.prompt, config.held)
         if out:
             spoken.append(one)
-        sides[out].append(judged_ids(writer, one, raters))
+        values, rater = ([one.value], raters.index(one.rater)) if not orders else (one.ranks, 0)
+        sides[out].append(Judged(prompt, ids, [*values], rater))
     if not all(sides):
         what = "orders" if orders else f"ratings by the criterion {config.criterion}"
         raise UserError(
@@ -267,30 +266,40 @@ def held_out(prompt: Turns, share: float) -> bool:
     return int.from_bytes(mark, "big") < share * 2**64
 
 
-def judged_ids(writer: Writer, one: Ranking | Rating, raters: Sequence[str]) -> Judged:
-    end = writer.tokenizer.special[END]
+def in_context(
+    writer: Writer, said: Sequence[Ranking | Rating], strict: bool
+) -> Iterator[tuple[Ranking | Rating, tuple[list[int], list[list[int]]]]]:
+    """Each record with the ids of its prompt and of its responses.
 
-    def ids(text: str) -> list[int]:
-        return [*writer.tokenizer.encode(text), end]
-
-    prompt = prompt_ids(writer, one.prompt)
-    if isinstance(one, Ranking):
-        return Judged(prompt, [ids(text) for text in one.responses], list(one.ranks))
-    return Judged(prompt, [ids(one.response)], [one.value], raters.index(one.rater))
+    What is longer than the model's context is left out and counted; UserError if strict.
+    """
+    end, most = [writer.tokenizer.special[END]], writer.model.config.context
+    long = 0
+    for one in said:
+        texts = one.responses if isinstance(one, Ranking) else [one.response]
+        prompt = prompt_ids(writer, one.prompt)
+        ids = [writer.tokenizer.encode(text) + end for text in texts]
+        if len(prompt) + max(map(len, ids)) <= most:
+            yield one, (prompt, ids)
+        elif strict:
+            raise UserError(f"longer than the model's context of {most} tokens: {texts[0][:60]!r}")
+        else:
+            long += 1
+    if long:
+        print(f"left out {long:,} × longer than the model's context of {most} tokens")
 
 
 def reward(config: Reward) -> None:
     """Fit, normalise, examine, and keep as a run."""
     config = replace(config, name=config.name or free("reward"))
-    check_free(config.name)
+    check_free(config.name, "")
     tuned = tuned_run(config.run)
     path = config.preferences or simulated(replace(config, run=tuned))
     writer = writer_of(tuned, "", config.device)
     found = usable(Path(path), config.strict, config.lowest, config.highest)
     parts = material(config, writer, found)
     model = plain(writer.model)
-    adapt(model, config.adapter, config.seed,
-          ids=first_ids(config.adapter, writer.tokenizer, config.seed))  # fmt: skip
+    adapt(model, config.adapter, config.seed)
     model.config = replace(model.config, arch=config.arch)
     mine = RewardModel(model, config.seed).to(model.embedding.device)
     texts = texts_of(parts.train[:500], model.embedding.device)

@@ -109,7 +109,8 @@ def chosen(record: dict) -> Ranking:
         return Ranking(prompt_of(record), texts, (1, 2))
     if chats[0][:-1] != chats[1][:-1]:
         raise ValueError('"chosen" and "rejected" differ before their last turn')
-    return Ranking(chats[0][:-1], (chats[0][-1].text, chats[1][-1].text), (1, 2))
+    prompt = chats[0][:-1] or prompt_of(record)  # which stands beside them in TRL's form
+    return Ranking(prompt, (chats[0][-1].text, chats[1][-1].text), (1, 2))
 
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}

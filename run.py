@@ -146,14 +146,17 @@ def value_of(flag: str, arguments: list[str]) -> str:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def check_free(name: str) -> None:
-    """UserError if no new folder in runs/, and no word behind a flag, can have this name."""
+def check_free(name: str, go_on: str = "go on with {}, or ") -> None:
+    """UserError if no new folder in runs/, and no word behind a flag, can have this name.
+
+    go_on: what to do with a run that has it, {} being the flags.
+    """
     proper = name.isprintable() and name[:1] not in (".", "-") and len(name.encode()) <= 200
     if name != Path(name).name or not proper:
         raise UserError(f"--name {name!r} cannot be the name of a folder in {RUNS}/")
     if os.path.lexists(RUNS / name):
         again = shlex.join(["--name", name, "--resume"])
-        raise Taken(f"{RUNS / name} exists already: go on with {again}, or choose another")
+        raise Taken(f"{RUNS / name} exists already: {go_on.format(again)}choose another")
 
 
 class Run:

@@ -9,9 +9,9 @@ Papers: Ouyang et al. 2022, InstructGPT (arXiv 2203.02155), figure 2.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
 import tyro
@@ -22,7 +22,7 @@ import tasks
 import world
 from data import CACHE
 from instruct import Lessons, lessons, write
-from run import RUNS, Run, UserError, fingerprint, start, step_of
+from run import RUNS, Run, UserError, fingerprint, read_json, start, step_of, write_json
 from training import stored
 
 # A base for the tasks: stories, statements in which their words occur, and what a question is.
@@ -32,35 +32,69 @@ BASE = ("--data.mix", "stories=world:@1", "facts=facts:@2", "quiz=quiz:4000@1",
         "--batch", "4", "--steps", "2000")  # fmt: skip
 
 
+def numbered(name: str) -> Iterator[str]:
+    """name, name-2, name-3, …"""
+    return (name if n == 1 else f"{name}-{n}" for n in count(1))
+
+
 def free(name: str) -> str:
-    """name, name-2, name-3, …: the first that no run has."""
-    names = (name if n == 1 else f"{name}-{n}" for n in count(1))
-    return next(one for one in names if not (RUNS / one).exists())
+    """The first of these names that no run has."""
+    return next(one for one in numbered(name) if not (RUNS / one).exists())
 
 
 def finished(run: Run) -> bool:
     return any(step_of(one) == stored(run).steps for one in run.checkpoints())
 
 
-def trained(name: str, *words: str) -> str:
-    """The run of this name; trained now if there is none, or on from where it was stopped."""
+MADE_BY = "made_by.json"  # in a run's folder: the command, without the name
+
+
+def made(name: str, *command: str, last: str = "") -> str:
+    """The run that this command makes, or has made: the first of name, name-2, … that is free or is
+    that run. A name alone does not tell with which settings a run was made."""
+
+    def there(one: str) -> bool:
+        path = RUNS / one / MADE_BY
+        return path.is_file() and read_json(path).get("command") == [*command]
+
+    found = next(one for one in numbered(name) if there(one) or not (RUNS / one).exists())
+    return complete(found, *command, last=last)
+
+
+def complete(name: str, *command: str, last: str = "") -> str:
+    """The run of this name; made now if there is none, or on from where it was stopped.
+
+    last: the file that its command writes last, if that is not its last checkpoint.
+    """
+    script = [*takewhile(lambda word: not word.startswith("--"), command)]
     if not (RUNS / name / "config.json").is_file():
-        start("train.py", "--name", name, *words)
-    elif not finished(Run.open(name)):
-        start("train.py", "--resume", "--name", name)
+        try:
+            start(*script, "--name", name, *command[len(script) :])
+        finally:
+            if (RUNS / name).is_dir():
+                write_json(RUNS / name / MADE_BY, {"command": command})
+    elif not ((RUNS / name / last).is_file() if last else finished(Run.open(name))):
+        start(*script, "--name", name, "--resume")
     return name
 
 
+def trained(name: str, *words: str) -> str:
+    """A run of train.py with these settings."""
+    return made(name, "train.py", *words)
+
+
 def base_run(name: str) -> str:
-    """The base to begin with."""
-    return name or trained("base", *BASE)
+    """The base to begin with: the one of this name, or else whichever is called base."""
+    return name or complete("base", "train.py", *BASE)
 
 
 def tuned_run(name: str) -> str:
-    """A run that was tuned on instructions."""
-    if not name and not (RUNS / "sft" / "config.json").is_file():
+    """A run that was tuned on instructions: the one of this name, or else that called sft."""
+    if name:
+        return name
+    if not (RUNS / "sft" / "config.json").is_file():
         start("align.py", "sft", "--name", "sft")
-    return name or "sft"
+    return complete("sft", "train.py")  # if it was stopped
 
 
 def lessons_file(how: Lessons) -> Path:

@@ -25,6 +25,7 @@ import tyro
 from tqdm import tqdm
 
 import tasks
+import world
 from chat import Turn, Turns
 from generate import Sampling, generate
 from instruct import rouge_l, write
@@ -34,7 +35,8 @@ from tasks import FACTS, TASKS, side
 from writer import Writer, unknown, writer_of
 
 ALIKE = 0.7  # ROUGE-L from which two statements are the same
-SHOWN, OWN = 6, 2  # statements before the model's: seeds, and of its own
+SEEDS, OWN = 6, 2  # statements that are drawn for a prompt: seeds, and of the model's own
+SHOWN = 3  # of these stand in it, as contexts are short here
 
 
 # --- what a text says -----------------------------------------------------------------------------
@@ -73,10 +75,18 @@ class Stated(NamedTuple):
 
     @property
     def right(self) -> bool:
+        if self.task == "reckon" and not of_one(self.content):
+            return False
         try:
             return TASKS[self.task].solve(self.content).answer == self.answer
         except (ValueError, LookupError):  # numbers of unlike length, a name that is not there
             return False
+
+
+def of_one(tale: dict[str, str]) -> bool:
+    """Is it of one person and one kind of thing?"""
+    first, *rest = (sentence.rstrip(".").split() for sentence in world.sentences(tale["x"]))
+    return first[-1] == tale["z"] and all(words[0] == tale["y"] for words in rest)
 
 
 def stated(text: str) -> Iterator[Stated | str]:
@@ -169,9 +179,9 @@ def prompts(made: Synthesis, rng: random.Random, many: int) -> list[str]:
         kind = rng.choice(list(FACTS))
         own = [worded(said) for said in made.kept if said.task == kind]
         given = [text for text in made.seeds if next(stated(text)).task == kind]
-        some = rng.sample(given, min(SHOWN, len(given))) + rng.sample(own, min(OWN, len(own)))
+        some = rng.sample(given, min(SEEDS, len(given))) + rng.sample(own, min(OWN, len(own)))
         rng.shuffle(some)
-        found.append(" ".join(some[: SHOWN // 2]))
+        found.append(" ".join(some[:SHOWN]))
     return found
 
 

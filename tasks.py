@@ -261,6 +261,8 @@ def reckon(content: dict[str, str]) -> Solved:
         words = sentence.rstrip(".").split()
         sign, by = ("+", int(words[2])) if words[1] == "gets" else ("-", int(words[3]))
         then = now + by if sign == "+" else now - by
+        if then < 0:
+            raise ValueError("nobody gives away what he has not")
         steps.append(f"{now} {sign} {by} = {then}.")
         now = then
     return Solved(str(now), steps)
@@ -388,12 +390,14 @@ def canonical(task: str, content: dict[str, str]) -> str:
     return f"{task} {' '.join(content[k] for k in sorted(content) if k in 'abxyz')}"
 
 
-def check(names: Sequence[str], levels: Sequence[int]) -> None:
-    """UserError for a task that there is not, or a level that nobody can be asked."""
+def check(names: Sequence[str], levels: Sequence[int], flag: str = "--levels") -> None:
+    """UserError for a task that there is not, or none, or a level that nobody can be asked."""
+    if not names:
+        raise UserError("--tasks needs one at least")
     if unknown := [name for name in names if name not in TASKS]:
         raise UserError(f"there is no task {unknown[0]!r}: choose among {', '.join(PLAIN)}")
     if not levels or not all(1 <= n <= 20 for n in levels):
-        raise UserError("--levels must be numbers from 1 to 20")
+        raise UserError(f"{flag} must be numbers from 1 to 20")
 
 
 def problem(

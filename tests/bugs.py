@@ -125,7 +125,7 @@ def outcome(it: Planted) -> str:
     try:
         done = planted(it)
     except subprocess.TimeoutExpired:
-        return "caught: it does not end"
+        return f"NOT TRIED: no end in {LIMIT} s"
     if done.returncode and not caught(done):
         return f"NOT TRIED: pytest's status {done.returncode}"
     return "caught" if caught(done) else "SURVIVED"

@@ -204,7 +204,8 @@ class Book:
 
 
 def copy(name: str, folder: Path) -> None:
-    """All that git knows of, with blanks. UserError if the folder is there."""
+    """The project as it is here, but for runs and hidden files, with blanks. UserError if the
+    folder is there."""
     if folder.exists():
         raise UserError(f"{folder} exists already: give another --out, or remove it")
     leave = shutil.ignore_patterns(".*", "runs", "__pycache__", "exercise-*", "shared")

@@ -56,8 +56,11 @@ def computing(node: ast.AST, inside: bool = False) -> Iterator[ast.AST]:
     if inside:
         yield node
     inside = inside or isinstance(node, ast.FunctionDef)
+    defines = isinstance(node, ast.FunctionDef | ast.Lambda)
     for field, value in ast.iter_fields(node):
-        if field not in ("annotation", "returns", "decorator_list", "args", "type_params"):
+        if field not in ("annotation", "returns", "decorator_list", "type_params") and not (
+            field == "args" and defines
+        ):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from computing(child, inside)
@@ -124,9 +127,9 @@ def outcome(it: Planted) -> str:
         done = planted(it, 900)
     except subprocess.TimeoutExpired:
         return "no end in 15 minutes"
-    if done.returncode and not caught(done):  # the file cannot even be imported, or pytest is ill
-        return f"killed: pytest's status {done.returncode}"
-    return "killed" if done.returncode else "SURVIVED"
+    if caught(done) or (done.returncode == 2 and "ERROR collecting" in done.stdout):
+        return "killed"  # the last: what imports it cannot
+    return f"NOT TRIED: pytest's status {done.returncode}" if done.returncode else "SURVIVED"
 
 
 def script() -> None:

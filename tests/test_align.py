@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,7 +21,8 @@ import writer
 from data import DataConfig, TokenizerConfig, prepare
 from instruct import Lessons, lessons, rouge_l, write
 from kernels.cross_entropy import IGNORE
-from run import RUNS, Run, load_tensors
+from model import Transformer
+from run import RUNS, Run, UserError, load_tensors
 
 SMALL = ["--model.dim", "16", "--model.layers", "2", "--model.heads", "2", "--model.context", "512",
          "--model.no-qk-norm"]  # fmt: skip
@@ -143,12 +145,45 @@ def test_lessons_are_written_once_wherever_one_is(tmp_path, monkeypatch):
 def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_used(folder, monkeypatch):
     calls = []
     monkeypatch.setattr(stages, "start", lambda *words: calls.append(words))
-    assert stages.trained("base", "--steps", "4") == "base" and not calls
+    assert stages.base_run("") == "base" and stages.base_run("other") == "other" and not calls
     shutil.rmtree(Run.open("base").newest())
-    stages.trained("base")
-    stages.trained("other", "--steps", "3")
-    assert calls == [("train.py", "--resume", "--name", "base"),
-                     ("train.py", "--name", "other", "--steps", "3")]  # fmt: skip
+    stages.base_run("")
+    stages.complete("other", "align.py", "ppo", "--steps", "3")
+    assert calls == [("train.py", "--name", "base", "--resume"),
+                     ("align.py", "ppo", "--name", "other", "--steps", "3")]  # fmt: skip
+    calls.clear()
+    shutil.copytree(RUNS / "base", RUNS / "sft")
+    assert stages.tuned_run("") == "sft" and calls == [("train.py", "--name", "sft", "--resume")]
+
+
+def test_a_run_is_used_again_only_for_the_settings_that_made_it(folder, monkeypatch):
+    """A name does not hold all settings; what another command made is neither used nor touched."""
+    calls = []
+
+    def start(*words):
+        calls.append(words)
+        shutil.copytree(RUNS / "base", RUNS / words[words.index("--name") + 1])
+
+    monkeypatch.setattr(stages, "start", start)
+    assert stages.trained("sums", "--levels", "1") == "sums"
+    assert stages.trained("sums", "--levels", "2") == "sums-2"
+    assert stages.trained("base", "--levels", "1") == "base-2"  # somebody's own
+    assert [words[2] for words in calls] == ["sums", "sums-2", "base-2"]
+    assert stages.trained("sums", "--levels", "2") == "sums-2" and len(calls) == 3
+
+
+def test_a_stage_that_fails_is_gone_on_with(folder, monkeypatch):
+    def fails(*words):
+        shutil.copytree(RUNS / "base", RUNS / "half")
+        raise SystemExit(3)
+
+    monkeypatch.setattr(stages, "start", fails)
+    with pytest.raises(SystemExit):
+        stages.made("half", "align.py", "ppo", "--lr", "1", last="standing.json")
+    monkeypatch.setattr(stages, "start", lambda *words: calls.append(words))
+    calls = []
+    assert stages.made("half", "align.py", "ppo", "--lr", "1", last="standing.json") == "half"
+    assert calls == [("align.py", "ppo", "--name", "half", "--resume")]
 
 
 def test_one_conversation_is_too_few(folder):
@@ -162,7 +197,7 @@ def test_a_tuned_run_is_exported_whole(folder, monkeypatch, capsys):
     assert tune("--name", "tuned", "--steps", "2")[0] == 0
     monkeypatch.setattr("sys.argv", ["writer.py", "--run", "tuned", "--out", "exported"])
     writer.script()
-    assert "exported" in capsys.readouterr().out
+    assert "exported/, for LlamaForCausalLM.from_pretrained" in capsys.readouterr().out
     own = writer.load(Run.open("tuned"), torch.device("cpu"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained("exported", dtype=torch.float32)
     words = transformers.AutoTokenizer.from_pretrained("exported")
@@ -171,7 +206,10 @@ def test_a_tuned_run_is_exported_whole(folder, monkeypatch, capsys):
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     assert list(words.apply_chat_template(messages, tokenize=True, return_dict=False)) == ids
     assert words.eos_token == chat.END != words.pad_token
-    assert theirs.generation_config.eos_token_id == own.tokenizer.special[chat.END]
+    again = writer.load_folder(Path("exported"), torch.device("cpu"))
+    assert (again.begin, again.stop) == (own.begin, own.stop)
+    assert theirs.generation_config.bos_token_id == own.tokenizer.end_of_text
+    assert theirs.generation_config.eos_token_id == sorted(own.stop)
     with torch.no_grad():
         ours = own.model.logits(own.model(torch.tensor([ids])))
         assert (theirs(torch.tensor([ids])).logits - ours).abs().max() < 1e-5
@@ -253,4 +291,17 @@ def test_a_base_is_tuned_and_examined(folder, monkeypatch, capsys):
     found = json.loads((RUNS / "tuned" / "examination.json").read_text())
     assert found.keys() == {"base", "base, 4 examples", "tuned"}
     assert (RUNS / "tuned" / "examination.png").exists()
+    with pytest.raises(UserError, match=r"go on with python train\.py --name tuned --resume, or"):
+        align.sft(how)
     assert load_tensors(Run.open("tuned").newest() / "model.safetensors")
+
+
+def test_examples_that_fit_no_context_are_left_out(folder):
+    """And the base may be a folder, as those of Hugging Face."""
+    assert run("writer.py", "--run", "base", "--out", "exported")[0] == 0
+    base = writer.base_of("exported")
+    how = align.Sft(examined=("copy",), lessons=Lessons(("copy",), (1,)), asked=2, device="cpu")
+    assert align.before_tuning(how, base).keys() == {"base", "base, 4 examples"}
+    shape = replace(base.model.config, context=len(base.tokenizer.encode("a b" * 40)))
+    short = base._replace(model=Transformer(shape).eval())
+    assert align.before_tuning(how, short).keys() == {"base"}

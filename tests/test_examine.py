@@ -1,6 +1,7 @@
 """Examinations: log-likelihoods are those of `transformers`, and nothing depends on batches."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -166,8 +167,54 @@ def test_what_cannot_be_asked_is_told(tmp_path, capsys):
         Examine(tasks=("dance",))
     with pytest.raises(UserError, match="add has none"):
         examined(one, Examine(tasks=("add",), count=1, ask="choice"))
-    with pytest.raises(UserError, match="at least 1"):
-        Examine(votes=0)
+    for wrong, why in (
+        ({"votes": 0}, "at least 1"), ({"votes": 3, "ask": "choice"}, "leave --ask out"),
+        ({"run": "a", "model": "b"}, "give one"), ({"tasks": ()}, "one at least"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=why):
+            Examine(**wrong)
+    reads = one._replace(model=Transformer(replace(CONFIG, arch="encoder")))
+    with pytest.raises(UserError, match="for a decoder"):
+        examined(reads, Examine())
+
+
+def test_steps_have_lines_and_end_where_examples_do(tmp_path, monkeypatch):
+    """GSM8K's worked answers have many lines, whose last is the answer: given back, it is right."""
+    path = tmp_path / "gsm.jsonl"
+    clips = "Natalia sold 48/2 = 24 clips.\n48+24 = 72 clips.\n#### 1,072"
+    path.write_text(json.dumps({"question": "How many?", "answer": clips}) + "\n")
+    (asked,) = examine.from_file(path)
+    said = f" {asked.worked}\n\nQuestion: And then?\nAnswer: 3"
+    monkeypatch.setattr(examine, "generate",
+                        lambda *_: iter([[t] for t in TOKENIZER.encode(said)]))  # fmt: skip
+    for think, right in ((True, 1), (False, 0)):
+        (found,) = examined(writer(), Examine(file=str(path), think=think))
+        assert found.right == right, found
+    assert examine.right(asked, "1072") and examine.right(asked, "So the answer is 1,072.")
+    assert not examine.right(asked, "10,72") and not examine.right(asked, "1.072")
+
+
+def test_an_answer_of_one_letter_is_no_choice(tmp_path):
+    path = tmp_path / "open.jsonl"
+    path.write_text(json.dumps({"instruction": "Apple begins with?", "output": "A"}) + "\n")
+    (asked,) = examine.from_file(path)
+    assert asked.choices == () and examine.unlisted(asked) == asked
+    with pytest.raises(UserError, match="open has none"):
+        examined(writer(), Examine(file=str(path), ask="choice"))
+
+
+def test_a_chosen_answer_is_right_whatever_it_says():
+    odd = Asked("k", "q", "The answer is unknown", choices=("The answer is unknown", "etc ."))
+    assert examine.right(odd, odd.answer) and not examine.right(odd, "etc .")
+
+
+def test_examples_of_one_kind_may_be_called_otherwise(tmp_path):
+    for name in ("gsm", "open"):
+        record = {"instruction": f"{name}?", "output": "yes"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    file, examples = (str(tmp_path / f"{name}.jsonl") for name in ("gsm", "open"))
+    (found,) = examined(writer(), Examine(file=file, examples=examples, shots=1, tokens=3))
+    assert found.kind == "gsm" and found.asked == 1
 
 
 @pytest.mark.parametrize("shard_tokens", [1 << 20, 40])
@@ -190,6 +237,8 @@ def test_what_was_trained_on_is_found(tmp_path, monkeypatch, shard_tokens):
     questions = [Asked("k", text, "") for text in asked]
     found = examine.leaked(questions, TOKENIZER, Shards(tmp_path, "train", meta))
     assert dict(zip(asked, found, strict=True)) == asked
+    assert examine.words_in_tokens([Asked("k", "one two", ""), Asked("k", "three", "")],
+                                   TOKENIZER) == math.ceil(13 * 12 / 3)  # fmt: skip
 
 
 @pytest.mark.parametrize("marks", [[True] * 30, [False] * 30, [True, False] * 40])

@@ -333,7 +333,7 @@ def test_a_policy_that_goes_too_far_is_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = replace(CONFIGS["grpo"], lr=1.0, beta=0.0, explode=2.0, steps=20, save_every=1)
     it, run = made("grpo", config), Run.create("improved", {"model": {}})
-    with pytest.raises(UserError, match="raise --beta from 0, or lower --lr from 1"):
+    with pytest.raises(UserError, match="with more --beta than 0, or less --lr than 1"):
         loop(it, run)
     assert run.checkpoints()
 
@@ -356,7 +356,8 @@ def test_the_check_knows_right_answers():
     (Ppo, {"gamma": 1.5}), (Ppo, {"value_clip": 0}), (Grpo, {"each": 1}), (Ppo, {"steps": 0}),
     (Ppo, {"clip": 1.0}), (Ppo, {"minibatches": 10**6}), (Dpo, {"smoothing": 0.5}),
     (Dpo, {"beta": 0.0}), (Ppo, {"tasks": ("fly",)}), (Grpo, {"levels": (0,)}),
-    (Grpo, {"horizon": 0}), (Ppo, {"temperature": 0.0}), (Ppo, {"beta": -1.0}),
+    (Grpo, {"horizon": 0}), (Ppo, {"target_kl": 1.0, "horizon": 100}),
+    (Ppo, {"target_kl": 1.0, "beta": 0.0}), (Grpo, {"tasks": (), "also": ("copy",)}), (Ppo, {"temperature": 0.0}), (Ppo, {"beta": -1.0}),
 ])  # fmt: skip
 def test_a_wrong_setting_is_one_sentence(kind, how):
     with pytest.raises(UserError, match=r"--|no task"):

@@ -57,7 +57,7 @@ def made(tmp_path_factory):
 def folder(made, tmp_path, monkeypatch):
     shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    for module in (stages, judge, align, chain):
+    for module in (stages, judge, align):
         monkeypatch.setattr(module, "start", here)
     return tmp_path / "here"
 
@@ -216,8 +216,37 @@ def test_a_run_is_improved_kept_and_read_again(folder, config, capsys):
     assert stands.keys() == {"before", "after"}
     rows = Run.open("better").metrics()
     assert [row["step"] for row in rows] == [1, 2]
-    align.better(replace(config, resume=True, steps=9))  # of the settings its own hold
+    for changed in (replace(config, steps=9), type(config)(name="better", steps=9)):
+        with pytest.raises(UserError, match="goes on as better began: leave out --steps"):
+            align.better(replace(changed, resume=True))
+    align.better(type(config)(name="better", resume=True))
     assert len(Run.open("better").metrics()) == 2
+
+
+def test_what_is_longer_than_the_context_is_left_out_and_counted(folder, capsys):
+    """Of learned positions there are no more, and others were never trained so far out."""
+    long = {"prompt": "b?", "chosen": "x " * 600, "rejected": "y"}
+    other = [{**GOOD, "prompt": f"{n}?"} for n in range(30)]
+    Path("said.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (*other, long)))
+    writer = writer_of("sft", "", "cpu")
+    found = align.pairs(Dpo(preferences="said.jsonl"), writer)
+    assert len(found) == 30
+    told = "left out 1 × longer than the model's context of 512 tokens"
+    assert told in capsys.readouterr().out
+    parts = judge.material(Reward(held=0.3), writer, usable(Path("said.jsonl")))
+    assert len(parts.train) + len(parts.held) == 30 and told in capsys.readouterr().out
+    assert len(parts.spoken) == len(parts.held)
+    with pytest.raises(UserError, match="longer than the model's context of 512 tokens: 'x x"):
+        align.pairs(Dpo(preferences="said.jsonl", strict=True), writer)
+    with pytest.raises(UserError, match="sft exists already: choose another"):
+        judge.reward(Reward(name="sft"))
+
+
+def test_resuming_what_is_not_there_trains_nothing(folder):
+    shutil.rmtree(RUNS / "sft")
+    with pytest.raises(UserError, match="there is no run named 'nothere'"):
+        align.better(Ppo(name="nothere", resume=True))
+    assert not [*RUNS.glob("[!.]*")]
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(folder):

@@ -28,6 +28,9 @@ def test_statements_are_understood(seed):
     ("In the table Ada 3, Ben 4 the number of Cleo is 4.", False),
     ("Ada has 3 cups. Ada gives away 1. Ada gets 4 more. That makes 6 cups.", True),
     ("Ada has 3 cups. Ada gives away 1. That makes 1 cups.", False),
+    ("Ada has 3 cups. Ada gets 2 more. That makes 5 balls.", False),
+    ("Ada has 3 cups. Bob gets 2 more. That makes 5 cups.", False),
+    ("Ada has 3 cups. Ada gives away 5. Ada gets 4 more. That makes 2 cups.", False),
 ])  # fmt: skip
 def test_what_is_wrong_is_known(text, right):
     (found,) = stated(text)
