@@ -138,14 +138,13 @@ def examination(config: Sft, writer: Writer, shots: int) -> list[Result]:
     context are left out."""
     how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60,
                   wording=config.wording)  # fmt: skip
-    pairs, parts = tuple(tasks.composed("test")), [(how, "")]
     if config.examined:
-        parts = [
-            (replace(how, tasks=config.examined, levels=config.lessons.levels, tokens=160), "")
-        ]
+        how = replace(how, tasks=config.examined, levels=config.lessons.levels, tokens=160)
+        parts = [(how, "")]
     else:
+        pairs = tuple(tasks.composed("test"))
         some = replace(how, tasks=pairs, count=max(1, config.asked // len(pairs)))
-        parts.append((some, NEW))
+        parts = [(how, ""), (some, NEW)]
     found = []
     for part, together in parts:
         with suppress(TooLong):

@@ -357,7 +357,8 @@ def test_the_check_knows_right_answers():
     (Ppo, {"clip": 1.0}), (Ppo, {"minibatches": 10**6}), (Dpo, {"smoothing": 0.5}),
     (Dpo, {"beta": 0.0}), (Ppo, {"tasks": ("fly",)}), (Grpo, {"levels": (0,)}),
     (Grpo, {"horizon": 0}), (Ppo, {"target_kl": 1.0, "horizon": 100}),
-    (Ppo, {"target_kl": 1.0, "beta": 0.0}), (Grpo, {"tasks": (), "also": ("copy",)}), (Ppo, {"temperature": 0.0}), (Ppo, {"beta": -1.0}),
+    (Ppo, {"target_kl": 1.0, "beta": 0.0}), (Grpo, {"tasks": (), "also": ("copy",)}),
+    (Ppo, {"temperature": 0.0}), (Ppo, {"beta": -1.0}),
 ])  # fmt: skip
 def test_a_wrong_setting_is_one_sentence(kind, how):
     with pytest.raises(UserError, match=r"--|no task"):
