@@ -20,12 +20,16 @@ Papers: Ouyang et al. 2022, InstructGPT (arXiv 2203.02155); Wei et al. 2022, FLA
 """
 
 import csv
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from objectives import ROLES as SPECIAL
 from run import UserError, write_json
@@ -80,17 +84,23 @@ def written(tokenizer: Tokenizer, turns: Turns, answer: bool = False) -> list[in
 def shortened(tokenizer: Tokenizer, turns: Turns, most: int) -> tuple[list[int], int]:
     """ids of at most `most` tokens, and how many were left out.
 
-    First the oldest turns go, but not what the system says, then that, then the beginning of what
-    is asked last, and at last the end of the last reply.
+    First the oldest turns go, but not what the system says, and a reply with what it replies to;
+    then what the system says, then the beginning of what is asked last, and at last the end of the
+    last reply.
     """
-    ids = written(tokenizer, turns)
-    full, kept = len(ids), list(turns)
-    while len(ids) > most and len(kept) > 2:
-        others = [i for i, turn in enumerate(kept[:-2]) if turn.role != "system"]
-        kept.pop(others[0] if others else 0)
-        ids = written(tokenizer, kept)
-    if len(ids) > most:
-        *asked, reply = ([*written(tokenizer, [turn])] for turn in kept)
+    each = [written(tokenizer, [turn]) for turn in turns]
+    full = left = sum(map(len, each))
+    roles = [turn.role for turn in turns[:-2]]
+    gone: set[int] = set()
+    for i in sorted(range(len(roles)), key=lambda i: roles[i] == "system"):
+        if left <= most and not (gone and roles[i] == "assistant"):
+            break
+        gone.add(i)
+        left -= len(each[i])
+    kept = [part for i, part in enumerate(each) if i not in gone]
+    ids = [*chain.from_iterable(kept)]
+    if left > most:
+        *asked, reply = kept
         before = asked[0] if asked else []
         room = max(0, most - len(reply))
         if room < 3:  # not even a role, a token and its end
@@ -116,6 +126,12 @@ FORMS = (
     '"messages" (a chat), "instruction" and "output" (Alpaca), "instruction" and "instances" '
     '(Self-Instruct), "question" and "answer" (GSM8K), or these with "choices"'
 )
+UNREADABLE = (OSError, EOFError, zlib.error)  # what reading an `opened` file may raise
+
+
+def opened(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked if it is a .gz."""
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
 def records(path: Path) -> Iterator[tuple[str, object]]:
@@ -123,22 +139,20 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
 
     A line that is no JSON is a ValueError in the place of its record.
     """
-    if path.name.endswith(".csv"):
-        with open(path, encoding="utf-8", newline="") as file:
+    name = path.name.lower().removesuffix(".gz")
+    with TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
+        if name.endswith(".csv"):
             for number, row in enumerate(csv.reader(file), 1):
                 yield f"{path}:{number}", row
-    elif path.name.endswith(".jsonl"):
-        with open(path, encoding="utf-8") as file:
+        elif name.endswith(".jsonl"):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", parsed(line)
-    else:
-        whole = parsed(path.read_text(encoding="utf-8"))
-        if isinstance(whole, list):
-            for number, record in enumerate(whole, 1):
+        elif isinstance(all_of_it := parsed(file.read()), list):
+            for number, record in enumerate(all_of_it, 1):
                 yield f"{path}, record {number}", record
         else:
-            yield str(path), whole
+            yield str(path), all_of_it
 
 
 def parsed(text: str) -> object:
@@ -148,8 +162,11 @@ def parsed(text: str) -> object:
         return ValueError(f"is no JSON: {error}")
 
 
-def turns(record: object) -> list[Turns]:
-    """The conversations of a record; ValueError, which says the field, for one that has none."""
+def turns(record: object) -> list[Turns | ValueError]:
+    """The conversations of a record; ValueError, which says the field, for one that has none.
+
+    Of several, one that is none is a ValueError in its place.
+    """
     if isinstance(record, ValueError):
         raise record
     if isinstance(record, list):
@@ -159,10 +176,7 @@ def turns(record: object) -> list[Turns]:
     if "messages" in record:
         return [chat(record["messages"])]
     if "instances" in record:
-        each = record["instances"]
-        if not isinstance(each, list):
-            raise ValueError('"instances" is no list')
-        return [alpaca({**record, **one}) for one in each if isinstance(one, dict)]
+        return instances(record)
     if "instruction" in record:
         return [alpaca(record)]
     if "choices" in record:
@@ -178,6 +192,15 @@ def text_of(record: dict, name: str, needed: bool = True) -> str:
         raise ValueError(f'"{name}" is {type(text).__name__}, not text')
     if needed and not text.strip():
         raise ValueError(f'"{name}" is missing or empty')
+    return whole(text, name)
+
+
+def whole(text: str, name: str) -> str:
+    """The same text; ValueError for half a letter in it, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'"{name}" holds half a letter, {text[error.start]!a}') from None
     return text
 
 
@@ -207,24 +230,40 @@ def alpaca(record: dict) -> Turns:
     return [Turn("user", asked), Turn("assistant", text_of(record, "output"))]
 
 
+def instances(record: dict) -> list[Turns | ValueError]:
+    """Self-Instruct: one instruction, with several inputs and outputs  (Wang et al. 2023)."""
+    each, found = record["instances"], []
+    if not isinstance(each, list) or not each:
+        raise ValueError('"instances" is no list, or an empty one')
+    for number, one in enumerate(each, 1):
+        try:
+            if not isinstance(one, dict):
+                raise ValueError("is no object")
+            found.append(alpaca({**record, **one}))
+        except ValueError as error:
+            found.append(ValueError(f"instance {number}: {error}"))
+    return found
+
+
 def word_problem(record: dict) -> Turns:
     """GSM8K: the calculator's notes <<…>> go, and "#### 42" becomes a sentence."""
     steps, mark, answer = text_of(record, "answer").rpartition("####")
     if not mark:
         raise ValueError('"answer" has no ####, behind which the number stands')
     steps = re.sub(r"<<[^>]*>>", "", steps).strip()
-    said = f"{steps}\nSo the answer is {answer.strip()}."
+    said = f"{steps}\nSo the answer is {answer.strip().replace(',', '')}."
     return [Turn("user", text_of(record, "question")), Turn("assistant", said)]
 
 
 LETTERS = "ABCDEFGHIJ"
 
 
-def multiple_choice(row: list[str]) -> Turns:
+def multiple_choice(row: list) -> Turns:
     """A row of MMLU: question, four answers, and the letter of the right one."""
-    if len(row) != 6 or row[5] not in LETTERS[:4]:
+    texts = all(isinstance(entry, str) for entry in row)
+    if not texts or len(row) != 6 or row[5] not in list(LETTERS[:4]):
         raise ValueError("is not a question, four answers and the letter of the right one")
-    return posed(row[0], row[1:5], row[5])
+    return posed(whole(row[0], "question"), row[1:5], row[5])
 
 
 def choices(record: dict) -> Turns:
@@ -241,7 +280,8 @@ def choices(record: dict) -> Turns:
 
 def posed(question: str, answers: list, letter: str) -> Turns:
     lines = [f"{c}. {answer}" for c, answer in zip(LETTERS, answers, strict=False)]
-    return [Turn("user", "\n".join([question, *lines])), Turn("assistant", letter)]
+    asked = whole("\n".join([question, *lines]), "choices")
+    return [Turn("user", asked), Turn("assistant", letter)]
 
 
 def conversations(path: Path) -> Iterator[tuple[str, Turns | str]]:
@@ -255,10 +295,10 @@ def read(path: Path, understood: Callable[[object], Iterable]) -> Iterator[tuple
         for where, record in records(path):
             try:
                 for one in understood(record):
-                    yield where, one
+                    yield where, str(one) if isinstance(one, ValueError) else one
             except ValueError as error:
                 yield where, str(error)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
         yield str(path), f"cannot be read: {error}"
 
 

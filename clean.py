@@ -32,7 +32,7 @@ from dedup import Interval, clusters, first_copies, removed, repeated_lines, rep
 from dedup import text_hashes as hashes_of
 from documents import SHORTEST, Document, Problem
 from processes import in_processes
-from quality import Verdict, check, clean_c4, language
+from quality import Verdict, c4_keeps, check, clean_c4, language
 from redact import redact
 from run import UserError
 
@@ -161,13 +161,22 @@ def quality(preset: str) -> Changes:
     """What fails a rule of quality.PRESETS goes; of web pages first the lines that C4 drops."""
 
     def change(text: str) -> Change:
-        lines = clean_c4(text, terminal=False) if preset == "web" else text
-        verdict = check(lines, preset)
+        left, reasons = without_lines(text) if preset == "web" else Change(text)
+        verdict = check(left, preset)
         if verdict.kept:
-            return Change(lines)
-        return Change(None, {verdict.rule: (1, f"{told(verdict)}: {text[:EXCERPT]}")})
+            return Change(left, reasons)
+        why = {verdict.rule: (1, f"{told(verdict)}: {text[:EXCERPT]}")}
+        return Change(None, reasons | why)
 
     return in_groups(change)
+
+
+def without_lines(text: str) -> Change:
+    """The lines that C4 keeps, but for its rule of how they end, as FineWeb has it."""
+    lines = filter(str.strip, text.split("\n"))
+    gone = [line for line in lines if not c4_keeps(line, terminal=False)]
+    reasons = {"line that C4 drops": (len(gone), gone[0])} if gone else {}
+    return Change(clean_c4(text, terminal=False), reasons)
 
 
 def english(text: str) -> Change:

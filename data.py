@@ -33,25 +33,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import bpe
 import chat
 import clean
-import dedup
-import documents
-import merges
-import packing
-import pieces
-import quality
-import redact
-import tasks
-import unigram
-import unigram_learning
 import wordpiece
-import world
 from bpe import BPE
 from clean import Item, Step, Store, Texts, gather
 from dedup import SPLIT, clusters, first_copies, shared_spans, split_by_cluster, text_hashes
-from documents import Document, Problem, files_of, python_files, read
+from documents import HERE, Document, Problem, files_of, python_files, read
 from objectives import IGNORE
 from packing import Mixture, Part, Shards, ShardWriter
 from pictures import picture
@@ -59,9 +47,12 @@ from run import RUNS, UserError, main, read_sealed, write_sealed
 from tokenizer import KINDS, load
 from vocabulary import END_OF_TEXT, Tokenizer
 
-# What these do decides what the token files hold.
-MADE_BY = (bpe, chat, clean, dedup, documents, merges, packing, pieces, quality, redact, tasks,
-           unigram, unigram_learning, wordpiece, world)  # fmt: skip
+# What these modules do decides what the token files hold.
+MADE_BY = (
+    "bpe", "chat", "clean", "data", "dedup", "documents", "merges", "packing", "pieces",
+    "processes", "quality", "redact", "sentencepiece_files", "tasks", "tokenizer_files", "unigram",
+    "unigram_learning", "vocabulary", "wordpiece", "world",
+)  # fmt: skip
 CACHE = RUNS / "cache"
 FIXED = {"wordpiece": wordpiece.SPECIAL}  # special tokens that a kind always has
 LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
@@ -104,6 +95,11 @@ class DataConfig:
             raise UserError("--data.source world needs no --data.path, --data.mix or --data.form")
         if self.mix and self.path:
             raise UserError("--data.path and --data.mix both name the text: give one of them")
+        if self.form == "chat" and self.clean in ("docs", "web"):
+            raise UserError(
+                f"--data.clean {self.clean} is for texts, and would not reach what is said in a "
+                "conversation: leave it out with --data.form chat, and clean the files before"
+            )
         sources_of(self)
 
 
@@ -201,7 +197,8 @@ def divide(store: Store, config: DataConfig) -> tuple[Store, np.ndarray, list[St
     """Which documents are held out, and what had to go so that none of them is known already.
 
     Of texts that were cleaned those that share half of their runs of five words lie on one side,
-    and a text held out that shares a run of 13 words with training texts goes.
+    and a text held out that shares a run of 13 words with training texts goes, unless all that are
+    held out do: then they stay, which is said.
     """
     texts, cleaned = store.texts, recipe_of(config) != "none"
     hashes = text_hashes(texts)
@@ -212,16 +209,19 @@ def divide(store: Store, config: DataConfig) -> tuple[Store, np.ndarray, list[St
     train, test = (Texts(store, np.flatnonzero(side)) for side in (~held, held))
     leaks = set(test.which[shared_spans(train, test) > 0].tolist())
     step, left = Step("leak check"), Store(store.path.with_name("divided"))
+    if len(leaks) == len(test):
+        print(f"all {len(test):,} documents held out share 13 words in a row with some trained on: "
+              "they stay, for else none would, and their loss is too low")  # fmt: skip
+        leaks = set()
     for i, item in enumerate(tqdm(store, "leak check", leave=False, disable=None, unit="doc")):
-        if i in leaks and len(leaks) < held.sum():
+        if i in leaks:
             step.drop("held out, but 13 words in a row are trained on", item.document.source,
                       item.document.text)  # fmt: skip
         else:
             step.keep(item.document.text)
             left.append(item)
     store.remove()
-    kept = [i not in leaks or len(leaks) == held.sum() for i in range(len(held))]
-    return left, held[kept], [step]
+    return left, held[[i not in leaks for i in range(len(held))]], [step]
 
 
 def split(items: Iterable[Item], held: np.ndarray) -> Iterator[tuple[Item, bool]]:
@@ -267,8 +267,9 @@ def prepare(
     special: the texts that one trained here has as special tokens, beside those of its kind; most:
     tokens of a conversation, of which more are cut away.
     """
-    if config.form == "chat" and not (config.path or config.mix):
-        raise UserError("--data.form chat needs a --data.path with conversations")
+    own = any(not s.path or s.path.startswith(HERE) for s in sources_of(config))
+    if config.form == "chat" and own:
+        raise UserError("--data.form chat needs a --data.path or --data.mix with conversations")
     how = [asdict(cutting), special] if tokenizer is None else tokenizer.fingerprint
     how = [how, most] if config.form == "chat" else how
     marks = json.dumps([identity(config), how]).encode()
@@ -315,9 +316,9 @@ def identity(config: DataConfig) -> list:
         files = files_of(source.path, config.form) if source.path else python_files()
         found += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         found += [] if source.path else [sys.version]
-    programs = [__file__, *(module.__file__ for module in MADE_BY)]
-    made_by = [hashlib.blake2b(Path(p).read_bytes()).hexdigest() for p in programs]
-    return [asdict(config) | {"packing": ""}, found, made_by]
+    programs = [Path(__file__).with_name(f"{name}.py") for name in MADE_BY]
+    made_by = [hashlib.blake2b(program.read_bytes()).hexdigest() for program in programs]
+    return [asdict(config) | {"packing": ""}, found, made_by, chat.SPECIAL]
 
 
 def tokenize(
@@ -335,10 +336,7 @@ def tokenize(
         if config.form == "chat" and len(held) < 2:
             raise UserError(f"{named(config)} holds one conversation: some must be held out")
         if len(held) > 1 and held.all() == held.any():
-            raise UserError(
-                f"{named(config)} holds {len(held)} copies of one document, so that none can be "
-                "held out: give more text, or only one copy"
-            )
+            raise UserError(f"{named(config)} holds {alike(config, len(held))}")
         texts = (item.document.text for item, is_out in split(store, held) if not is_out)
         tokenizer = tokenizer_for(texts)
         cutter = Cutter(tokenizer, most, config.form == "chat")
@@ -353,6 +351,15 @@ def tokenize(
         {"source": named(config), "tokenizer": tokenizer.fingerprint, "parts": parts}
         | {"steps": steps, **meta},
     )
+
+
+def alike(config: DataConfig, many: int) -> str:
+    """Why none of documents that `divide` takes for one can be held out, and what to do."""
+    if recipe_of(config) == "none":
+        return (f"{many} copies of one document, so that none can be held out: give more text, or "
+                "only one copy")  # fmt: skip
+    return (f"{many} documents after cleaning, each with half of its runs of five words in another,"
+            " so that none can be held out: give more text, or --data.clean none")  # fmt: skip
 
 
 def named(config: DataConfig) -> str:
@@ -424,7 +431,9 @@ class Cutter:
     def __init__(self, tokenizer: Tokenizer, most: int = 0, talks: bool = False):
         """most: tokens of a conversation, 0 for any number; talks: documents are conversations."""
         self.tokenizer, self.most, self.talks = tokenizer, most or sys.maxsize, talks
-        self.fast = tokenizer.to_tiktoken() if isinstance(tokenizer, BPE) else None
+        self.fast = None
+        with suppress(ValueError):  # not every vocabulary is one that tiktoken can have
+            self.fast = tokenizer.to_tiktoken() if isinstance(tokenizer, BPE) else None
         self.said: list[Step] = []
 
     def encode(self, documents: list[Document]) -> list[list[int]]:
@@ -478,13 +487,18 @@ class Show:
     tokenizer: TokenizerConfig = TokenizerConfig()
     context: int = 64  # tokens in a row
 
+    def __post_init__(self):
+        if self.context < 1:
+            raise UserError(f"--context {self.context} must be at least 1")
+
 
 def show() -> None:
     config = tyro.cli(Show)
-    if config.data.clean == "auto" and recipe_of(config.data) == "none":
+    talks = config.data.form == "chat"
+    if config.data.clean == "auto" and recipe_of(config.data) == "none" and not talks:
         print("train.py takes text of yours as it stands; here are the steps of --data.clean docs")
         config = replace(config, data=replace(config.data, clean="docs"))
-    corpus = prepare(config.data, config.tokenizer)
+    corpus = prepare(config.data, config.tokenizer, special=chat.SPECIAL if talks else ())
     meta, tokenizer = corpus.meta, corpus.tokenizer
     steps = [Step(**step) for step in meta["steps"]]
     print(f"\n{meta['source']}\n\n{funnel(steps)}\n")

@@ -9,11 +9,9 @@ Run: python -m pytest tests/test_data.py
 
 import ast
 import glob
-import gzip
 import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -23,6 +21,7 @@ from tqdm import tqdm
 import chat
 import tasks
 import world
+from chat import UNREADABLE, opened
 from run import UserError
 from vocabulary import END_OF_TEXT
 
@@ -30,7 +29,7 @@ from vocabulary import END_OF_TEXT
 class Document(NamedTuple):
     text: str
     source: str  # where it stands
-    meta: dict | None = None  # what else a line of JSON says
+    meta: dict | None = None  # of a conversation: its turns
 
 
 class Problem(NamedTuple):
@@ -174,12 +173,12 @@ def read_file(path: Path) -> Iterator[Document | Problem]:
 
     A file may be larger than memory. What cannot be read is a Problem, and the next part follows.
     """
-    name = path.name.lower()
-    parts = read_lines if name.removesuffix(".gz").endswith(".jsonl") else read_parts
+    lines = path.name.lower().removesuffix(".gz").endswith(".jsonl")
+    parts = read_lines if lines else read_parts
     try:
-        with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+        with opened(path) as file:
             yield from parts(file, path)
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         yield Problem(f"cannot read {path}: {error}")
 
 
@@ -193,14 +192,13 @@ def read_lines(file: BinaryIO, path: Path) -> Iterator[Document | Problem]:
 
 def from_json(line: bytes, where: str) -> Document | Problem:
     try:
-        values = json.loads(line.decode())
-        text = values.pop("text")
+        text = json.loads(line.decode())["text"]
         text.encode()
     except UnicodeDecodeError as error:
         return Problem(f"{where} is {not_utf8(error.object, error.start)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Problem(f'{where}: each line must be a JSON object with a string "text"')
-    return Document(text, where, values or None)
+    return Document(text, where)
 
 
 def read_parts(file: BinaryIO, path: Path) -> Iterator[Document | Problem]:

@@ -90,11 +90,15 @@ def from_files(path: Path) -> list[Asked]:
     """The questions of a file, or of all files of a folder, each of which is a kind."""
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(chat.SUFFIXES))
+        files = sorted(p for p in path.iterdir() if bare(p).lower().endswith(chat.SUFFIXES))
     found = [one for file in files for one in from_file(file)]
     if not found:
         raise UserError(f"{path} holds no question")
     return found
+
+
+def bare(path: Path) -> str:
+    return re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)
 
 
 def from_file(path: Path) -> list[Asked]:
@@ -103,7 +107,7 @@ def from_file(path: Path) -> list[Asked]:
     UserError for what cannot be read, with the place.
     """
     found, side = [], "(dev|val|test|train)$"  # of which both have the same kind
-    kind = re.sub(f"_{side}", "", path.stem)
+    kind = re.sub(f"_{side}", "", Path(bare(path)).stem)
     kind = path.absolute().parent.name if re.fullmatch(side, kind) else kind
     for where, turns in chat.conversations(path):
         if isinstance(turns, str):

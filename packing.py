@@ -168,7 +168,7 @@ def packed(lengths: np.ndarray, T: int, rng: np.random.Generator) -> list[list[P
 
 
 def plain(lengths: np.ndarray, T: int, rng: np.random.Generator) -> list[list[Piece]]:
-    """Documents one behind another, cut every T pairs wherever that falls; no row has a gap."""
+    """Documents one behind another, cut every T pairs; only first and last row may have a gap."""
     rows: list[list[Piece]] = [[]]
     room = int(rng.integers(1, T + 1))  # of the first row, so that borders fall elsewhere each time
     for i in rng.permutation(len(lengths)).tolist():

@@ -212,6 +212,8 @@ class Show:
     def __post_init__(self):
         if self.count < 1 or not 0 < self.share <= 1:
             raise UserError("--count must be at least 1, and --share above 0 and at most 1")
+        if not round(self.count * self.share):
+            raise UserError(f"of --count {self.count} a --share of {self.share} is none: give more")
 
 
 def script() -> None:

@@ -138,7 +138,8 @@ def ranking(record: dict) -> Ranking:
         raise ValueError('"ranks" is no list of whole numbers from 1')
     if len(ranks) != len(responses) or len(ranks) < 2:
         raise ValueError(f"has {len(responses)} responses and {len(ranks)} ranks")
-    return Ranking(prompt_of(record), tuple(responses), tuple(ranks))
+    texts = tuple(chat.whole(text, "responses") for text in responses)
+    return Ranking(prompt_of(record), texts, tuple(ranks))
 
 
 def ratings(record: dict) -> list[Rating]:

@@ -261,12 +261,15 @@ GOPHER_REPETITION = (  # Rae et al., table A1
     repeated(9, 0.11),
     repeated(10, 0.10),
 )
-C4 = (  # Raffel et al., section 2.2: what drops a page; `clean_c4` drops lines
+# Raffel et al., section 2.2, as printed in JMLR 21: 5 sentences a page, 3 words a line. The later
+# text on arXiv and the authors' code (TensorFlow Datasets, c4_utils.py) have 3 and 5.
+C4_SENTENCES, C4_WORDS = 5, 3
+C4 = (  # what drops a page; `clean_c4` drops lines
     Rule("lorem ipsum", lambda s: s.text.lower().count("lorem ipsum"), most=0),
     Rule("curly brackets", lambda s: s.text.count("{"), most=0),
-    Rule("number of sentences", lambda s: len(SENTENCE.findall(s.text + " ")), 5),
+    Rule("number of sentences", lambda s: len(SENTENCE.findall(s.text + " ")), C4_SENTENCES),
 )
-FINEWEB = (  # Penedo et al., section 3.5; 0.01 is that of their code
+FINEWEB = (  # Penedo et al., section 3.6; 0.01 is that of their code
     Rule("lines with terminal punctuation", lambda s: s.lines_that(str.endswith, TERMINAL), 0.12),
     Rule("short lines", lambda s: s.lines_that(lambda line, n: len(line) <= n, 30), most=0.67),
     Rule(
@@ -340,22 +343,33 @@ C4_POLICY = re.compile(
 def clean_c4(text: str, terminal: bool = True) -> str:
     """The lines that C4 keeps, without citations such as [1] (Raffel et al., section 2.2).
 
-    A line goes if it has fewer than 3 words or one of more than 1000 characters, names javascript
+    A line goes if it has fewer than C4_WORDS or one of more than 1000 characters, names javascript
     or a policy on cookies or privacy, or (unless terminal is False, as in FineWeb) does not end in
-    a full stop, question or exclamation mark or closing quote, or ends in "...". Pages are dropped
-    by the rules of `check`.
+    a full stop, question or exclamation mark or closing quote, or ends in "...". Of blank lines,
+    which C4 drops too, one stays between paragraphs. Pages are dropped by the rules of `check`.
     """
-    kept = []
-    for line in C4_CITATION.sub("", text).split("\n"):
-        line = line.strip()
-        words = line.split()
-        if len(words) < 3 or (len(line) > 1000 and max(map(len, words)) > 1000):
-            continue
-        if terminal and (not line.endswith(C4_TERMINAL) or line.endswith("...")):
-            continue
-        if not C4_POLICY.search(line.lower()):
-            kept.append(line)
-    return "\n".join(kept)
+    kept: list[str] = []
+    for line in text.split("\n"):
+        between = not line.strip() and kept and kept[-1]
+        if between or c4_keeps(line, terminal):
+            kept.append(uncited(line))
+    return "\n".join(kept).rstrip("\n")
+
+
+def uncited(line: str) -> str:
+    """A line without citations, and without the blanks around it."""
+    return C4_CITATION.sub("", line).strip()
+
+
+def c4_keeps(line: str, terminal: bool = True) -> bool:
+    """Whether something of a line stays, as `clean_c4` says."""
+    line = uncited(line)
+    words = line.split()
+    if len(words) < C4_WORDS or (len(line) > 1000 and max(map(len, words)) > 1000):
+        return False
+    if terminal and (not line.endswith(C4_TERMINAL) or line.endswith("...")):
+        return False
+    return not C4_POLICY.search(line.lower())
 
 
 # --- a model of letters ---------------------------------------------------------------------------

@@ -271,7 +271,6 @@ def script() -> None:
     print("\nNot quite alike: WordPiece writes no blanks and no capitals, and Unigram has a token\n"
           "for each of several blanks in a row.")  # fmt: skip
     rows = [row for of_size in made.values() for _, row in of_size.values()]
-    RUNS.mkdir(exist_ok=True)
     path = RUNS / "tokenizers.png"
     draw_compression(rows, path)
     print(f"\npicture: {path}")

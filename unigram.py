@@ -461,7 +461,7 @@ class Unigram(SentencePiece):
         counts = cls(fixed, trainer, normalizer).count_words(texts, progress, processes)
         kept = required_characters(counts, character_coverage) or {SPACE}  # sentencepiece wants one
         least = len(fixed) + len(kept)
-        room = len(kept) + room_for(vocab_size, least, ", or character_coverage less")
+        room = len(kept) + room_for(vocab_size, least)
         others = str.maketrans(dict.fromkeys({*"".join(counts)} - kept, END))
         known: Counter[str] = Counter()
         for word, times in counts.items():

@@ -95,9 +95,10 @@ def seeds(text: str, runs: np.ndarray, times: np.ndarray, longest: int, most: in
 
     text: different words, each with END behind it; runs (start, end) that no piece crosses; how
     often the word of each character occurs. A substring must occur in two places, and is dropped
-    if the same character always follows, for the longer one stands for it. Substrings of m + 1
-    characters are told apart by the number of their first m and the last, so that all are counted
-    without making any.
+    if the same character always follows, for the longer one stands for it; as in SentencePiece
+    also if that character is END, where no longer one is a piece and nothing stands for it.
+    Substrings of m + 1 characters are told apart by the number of their first m and the last, so
+    that all are counted without making any.
     """
     _, chars = np.unique(np.frombuffer(text.encode("utf-32-le"), "<u4"), return_inverse=True)
     chars[:-1][(chars[:-1] == 0) & (chars[1:] == 0)] = chars.max() + 1  # a text's end

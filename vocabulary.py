@@ -91,10 +91,10 @@ def counted(
     return total
 
 
-def room_for(vocab_size: int, fixed: int, otherwise: str = "") -> int:
+def room_for(vocab_size: int, fixed: int) -> int:
     """How many ids are left to learn beside those that are fixed."""
     if vocab_size < fixed:
-        raise ValueError(f"vocab_size must be {fixed} or more, not {vocab_size}{otherwise}")
+        raise ValueError(f"vocab_size must be {fixed} or more, not {vocab_size}")
     return min(vocab_size - fixed, MOST_LEARNT)
 
 

@@ -177,7 +177,8 @@ def weighed(groups: Iterable[tuple[Iterable[Any], int]]) -> Counter[Any]:
 # --- words -> pieces ------------------------------------------------------------------------------
 
 SCORES: dict[str, Callable] = {  # c(ab), c(a), c(b), N = Σ c -> how much it is worth to join ab
-    # What it adds to the log-likelihood of the text.
+    # What it adds to the log-likelihood of the text as long as no other probability changes: all of
+    # them do a little, for a and b get rarer and N smaller.
     "likelihood": lambda ab, a, b, total: ab * np.log(total * ab / (a * b)),
     # e to the power of that for each ab, over N: rare pairs win, unless min_count is high.
     "ratio": lambda ab, a, b, total: ab / (a * b),
@@ -400,7 +401,7 @@ class WordPiece(Tokenizer):
         kept = [char for char, _ in weighed(counts.items()).most_common(alphabet)]
         apart = {c for c in kept if is_punctuation(c) or normalizer.sets_apart(c)}
         tokens = [*[""] * len(special), *sorted(kept), *sorted(INSIDE + c for c in {*kept} - apart)]
-        room = room_for(vocab_size, len(tokens), ", or alphabet smaller")
+        room = room_for(vocab_size, len(tokens))
         usable = frozenset(kept).issuperset
         words = {w: n for w, n in counts.items() if len(w) <= LONGEST_WORD and usable(w)}
         learnt = up_to(room, learn_pieces(words, score, min_count), progress)

@@ -1,6 +1,8 @@
 """Conversations: written as `transformers` does, forged by nobody, learnt where they should be."""
 
+import gzip
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -74,6 +76,45 @@ def test_what_does_not_fit_is_left_out(talk, most):
         assert ids == reply[:most]
     if left_out and len(talk) > 1 and len(written(TOKENIZER, talk[-2:])) <= most:
         assert ids[-len(written(TOKENIZER, talk[-2:])) :] == written(TOKENIZER, talk[-2:])
+
+
+def left_obviously(talk, most):
+    """Whole turns go, one by one, and all is written again: what fits, or the last two turns."""
+    kept = list(talk)
+
+    def oldest():
+        others = [i for i, turn in enumerate(kept[:-2]) if turn.role != "system"]
+        return others[0] if others else 0
+
+    while len(kept) > 2 and (
+        len(written(TOKENIZER, kept)) > most
+        or (len(kept) < len(talk) and kept[oldest()].role == "assistant")
+    ):
+        kept.pop(oldest())
+    return kept
+
+
+@settings(max_examples=200)
+@given(talks, st.integers(1, 200))
+def test_whole_turns_go_and_a_reply_with_what_it_replies_to(talk, most):
+    """Once the first that was left was a reply to nothing."""
+    kept = left_obviously(talk, most)
+    if len(written(TOKENIZER, kept)) <= most:
+        assert shortened(TOKENIZER, talk, most)[0] == written(TOKENIZER, kept)
+
+
+def test_a_reply_goes_with_its_question_by_example():
+    talk = [Turn(role, role) for role in ("system", *("user", "assistant") * 3)]
+    ids, _ = shortened(TOKENIZER, talk, len(written(TOKENIZER, talk)) - 1)
+    assert ids == written(TOKENIZER, [talk[0], *talk[3:]])
+
+
+def test_each_turn_is_encoded_once():
+    """Once all that was left was encoded again for each turn that went."""
+    talk = [Turn("user", "a"), Turn("assistant", "b")] * 20
+    with patch.object(BPE, "encode", autospec=True, side_effect=BPE.encode) as encode:
+        shortened(TOKENIZER, talk, 10)
+    assert encode.call_count == len(talk)
 
 
 def test_roles_join_a_vocabulary_once():
@@ -189,6 +230,12 @@ def test_records_of_many_forms_become_turns(record, first, last):
     ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
     ({"instruction": "a"}, '"output" is missing'), ({"instruction": "", "output": "b"}, "missing"),
     ({"instruction": "a", "instances": 3}, "no list"), ({"question": "a", "answer": "b"}, "####"),
+    ({"instruction": "a", "instances": []}, "an empty one"),
+    ({"instruction": "hi \ud83d", "output": "b"}, '"instruction" holds half a letter'),
+    ({"question": "a", "choices": ["b", "\ud83d"], "answer": 0}, '"choices" holds half a letter'),
+    (["\ud83d", "b", "c", "d", "e", "A"], '"question" holds half a letter'),
+    *((["a", "b", "c", "d", "e", letter], "letter of the right one") for letter in ("", "BC", 3)),
+    (["a", "b", None, "d", "e", "A"], "four answers"), ([3, "b", "c", "d", "e", "A"], "four answ"),
     ({"question": "a", "choices": ["b"], "answer": 0}, "no list of 2 to 10"),
     ({"question": "a", "choices": ["b", "c"], "answer": 2}, "neither a number"),
     ({"x": 1}, "has none of the fields"), (3, "is int"), (["a", "b"], "four answers"),
@@ -210,6 +257,36 @@ def test_a_bad_line_is_named_and_the_next_one_is_read(tmp_path):
     listed.write_text(f"[{good}, 3]")
     assert [isinstance(t, str) for _, t in conversations(listed)] == [False, True]
     assert "cannot be read" in next(iter(conversations(tmp_path / "none.jsonl")))[1]
+
+
+def test_of_several_instances_a_bad_one_is_named_and_the_others_are_read(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    each = [{"output": "b"}, {"output": 3}, 3, {"output": "c"}]
+    path.write_text(json.dumps({"instruction": "a", "instances": each}))
+    found = [turns for _, turns in conversations(path)]
+    assert [found[0][-1].text, found[3][-1].text] == ["b", "c"]
+    assert found[1:3] == ['instance 2: "output" is int, not text', "instance 3: is no object"]
+
+
+@pytest.mark.parametrize("end", ["", ".gz", ".GZ"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.json", "a.JSON", "a.csv", "a.CSV"])
+def test_a_file_is_read_whatever_its_case_packing_and_mark(tmp_path, name, mark, end):
+    """What documents.files_of takes. Once a .gz was no JSON, and Windows' mark in a question."""
+    csv = name.lower().endswith("csv")
+    content = "Why?,so,thus,no,yes,C\n" if csv else '{"question": "Why?", "answer": "#### 5"}\n'
+    path, data = tmp_path / (name + end), (mark + content).encode()
+    path.write_bytes(gzip.compress(data) if end else data)
+    ((_, talk),) = conversations(path)
+    assert talk[0].text.split("\n")[0] == "Why?" and talk[1].role == "assistant"
+
+
+def test_a_damaged_gz_is_told(tmp_path):
+    path, packed = tmp_path / "a.jsonl.gz", gzip.compress(b'{"question": 3}\n' * 99, mtime=0)
+    for content in (packed[:-12], packed[:20], packed[:12] + b"\xff\xff" + packed[14:]):
+        path.write_bytes(content)
+        *_, (where, said) = conversations(path)
+        assert where == str(path) and said.startswith("cannot be read: ")
 
 
 def test_an_unknown_role_is_a_sentence():

@@ -109,6 +109,16 @@ def test_web_pages_are_english(tmp_path):
     assert steps[0].dropped == {"language de": 1} and steps[0].documents == 3
 
 
+def test_lines_of_web_pages_go_for_a_reason_and_paragraphs_stay(tmp_path):
+    halves = GOOD[1].split("\n\n", 1)
+    text = "\n\n".join(["Home Contact", halves[0], "We use cookies on this page.", halves[1]])
+    store, step = clean.one_step(stored(tmp_path, [text]), "quality", clean.quality("web"))
+    assert step.documents == 1 and store[0].document.text.count("\n\n") > 3
+    before = [clean.c4_keeps(line, False) for line in text.split("\n") if line.strip()]
+    assert step.dropped == {"line that C4 drops": before.count(False)}
+    assert step.examples["line that C4 drops"] == ["document 0", "Home Contact"]
+
+
 def test_every_document_is_kept_or_dropped_for_a_reason(tmp_path):
     documents, _ = planted(5)
     store, steps = clean.clean(stored(tmp_path, documents), "docs")

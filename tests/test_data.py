@@ -11,11 +11,13 @@ from collections import Counter
 from hashlib import blake2b
 from itertools import accumulate, combinations, pairwise, product
 from pathlib import Path
+from pydoc_data.topics import topics
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from helpers import seeds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,7 @@ from vocabulary import END_OF_TEXT
 END = 0
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=20)  # tokens of documents, END included
 widths = st.integers(1, 12)
+GOOD = [topic for topic in topics.values() if 1500 < len(topic) < 9000][:3]
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")
 texts = st.text(characters, max_size=30)
 BYTES = TokenizerConfig("bytes")
@@ -540,10 +543,11 @@ def test_a_line_of_a_hundred_megabytes_is_read(tmp_path):
     assert [len(text) for text in read(path)] == [100_000_000, 4]
 
 
-def test_what_else_a_line_says_is_kept(tmp_path):
+def test_what_else_a_line_says_is_not_kept(tmp_path):
+    """Once it went through every step, for nothing."""
     path = write(tmp_path / "a.jsonl", '{"id": 7, "text": "a", "more": {"b": [1]}}\n' + LINE)
     first, second = gathered(DataConfig(str(path)))[0]
-    assert first.meta == {"id": 7, "more": {"b": [1]}} and second.meta is None
+    assert first == ("a", f"{path}:1", None) and second == ("fine", f"{path}:2", None)
 
 
 MIXES = {  # what is mixed -> what the sentence says
@@ -761,6 +765,30 @@ def test_copies_of_one_document_are_refused(tmp_path):
     assert "3 copies of one document" in refusal(lambda: prepare_in(tmp_path))
 
 
+def test_documents_too_alike_to_be_divided_are_refused(tmp_path):
+    """Of cleaned ones the sentence says so: once it called them copies."""
+    config = DataConfig(str(jsonl(tmp_path / "a.jsonl", GOOD)), clean="docs")
+    with patch.object(data, "clusters", lambda texts, share: np.zeros(len(texts), int)):
+        said = refusal(lambda: prepare(config, BYTES, cache=tmp_path / "cache"))
+    assert "3 documents after cleaning, each with half" in said and "copies" not in said
+
+
+def test_where_all_that_is_held_out_is_known_it_stays_and_this_is_said(tmp_path, capsys):
+    config = DataConfig(str(jsonl(tmp_path / "a.jsonl", GOOD)), clean="docs", held_out=0.5)
+    corpora = []
+    for leaking in (0, 1, 2):  # of how many of two held-out documents is there a run in training
+        spans = np.arange(2) < leaking
+        with (
+            patch.object(data, "held_out", lambda *_: np.array([False, True, True])),
+            patch.object(data, "shared_spans", lambda train, test, spans=spans: spans),
+        ):
+            corpora.append(prepare(config, BYTES, cache=tmp_path / f"{leaking}"))
+        said = capsys.readouterr().out
+        assert ("all 2 documents held out" in said) == (leaking == 2)
+    assert [len(corpus.held) for corpus in corpora] == [2, 1, 2]
+    assert [len(corpus.train) for corpus in corpora] == [1, 1, 1]
+
+
 def test_the_tokenizer_is_trained_on_the_training_part_only(tmp_path):
     """No token holds more of a word that stands only in held-out documents than its letters."""
     held = [t for t in (f"zyzzyva {i} " * 20 for i in range(40))
@@ -791,6 +819,36 @@ def test_tokens_are_made_once_and_anew_when_something_changed(tmp_path, corpus_p
     write(tmp_path / "b.txt", "one more")
     assert "one more" in stored_texts(prepare_in(tmp_path))
     assert len(left_in(tmp_path / "cache")) == 3
+
+
+DECIDE_NO_TOKEN = {
+    "run": "files, errors, seeds", "pictures": "figures",
+    "tokenizer": "a table of kinds, and a demo",
+    "objectives": "its names of roles alone do, which stand in the identity",
+}  # fmt: skip
+
+
+def test_what_decides_tokens_is_part_of_what_they_are_known_by():
+    """All that data.py imports, and what that imports; once vocabulary.py was not."""
+    found, waiting = set(), ["data"]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting += imports(ROOT / f"{name}.py") - found - {"kernels"}
+    decide = found - DECIDE_NO_TOKEN.keys()
+    assert list(data.MADE_BY) == sorted(decide) and len(decide) > 15
+    config = DataConfig("world:9")
+    *_, programs, roles = data.identity(config)
+    assert len(programs) == len(decide) and roles == data.chat.SPECIAL
+
+
+def imports(path: Path) -> set[str]:
+    """The files of this repository's root that a file imports, and kernels."""
+    nodes, found = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))], []
+    found += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    found += [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    names = {name.split(".")[0] for name in found if name}
+    return {name for name in names if (ROOT / f"{name}.py").is_file() or name == "kernels"}
 
 
 class Killed(BaseException):
@@ -935,6 +993,47 @@ def test_where_the_fast_encoder_gives_up_the_handmade_one_takes_over():
     assert ids == [tokenizer.encode(END_OF_TEXT), []] and tokenizer.end_of_text not in ids[0]
 
 
+def test_a_vocabulary_that_tiktoken_cannot_have_is_used_all_the_same():
+    """Once preparing ended in a ValueError."""
+    singles = [bytes([byte]) for byte in range(256)]
+    tokenizer = BPE([*singles, b"abc", b"ab"], [(97, 98), (257, 99)], {END_OF_TEXT: 258})
+    with pytest.raises(ValueError, match="order of the merges"):
+        tokenizer.to_tiktoken()
+    assert data.Cutter(tokenizer).of_texts(["abcab", ""]) == [[256, 257], []]
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+def talks(path: Path, count: int = 40) -> Path:
+    lines = [json.dumps({"instruction": f"Say {i}.", "output": f"{i}."}) for i in range(count)]
+    return write(path, "\n".join(lines))
+
+
+def test_conversations_are_prepared_from_a_path_and_from_a_mix(tmp_path):
+    """As align.py asks for them."""
+    one, two = talks(tmp_path / "one.jsonl"), talks(tmp_path / "two.jsonl.gz", 50)
+    for how in ({"path": str(one)}, {"mix": (f"lessons={one}", f"more={two}"), "cap": 500}):
+        corpus = prepare(DataConfig(form="chat", **how), BYTES, cache=tmp_path / "cache",
+                         special=data.chat.SPECIAL)  # fmt: skip
+        assert len(corpus.train) + len(corpus.held) == 40 + 50 * ("mix" in how)
+
+
+@pytest.mark.parametrize("recipe", ["docs", "web"])
+def test_conversations_are_not_cleaned_in_vain(recipe):
+    """Once an address was told to be replaced, and stayed in the tokens."""
+    for how in ({"path": "a.jsonl"}, {"mix": ("a=a.jsonl",)}):
+        said = refusal(lambda how=how: DataConfig(form="chat", clean=recipe, **how))
+        assert f"--data.clean {recipe}" in said and "leave it out" in said
+        assert data.recipe_of(DataConfig(form="chat", **how)) == "none"
+
+
+@pytest.mark.parametrize("how", [{}, {"path": "facts:9"}, {"mix": ("a=",)}, {"mix": ("a=quiz:",)}])
+def test_what_holds_no_conversation_is_refused_in_a_sentence(tmp_path, how):
+    said = refusal(lambda: prepare(DataConfig(form="chat", **how), BYTES, cache=tmp_path))
+    assert "--data.form chat needs" in said
+
+
 # --- settings and demo ----------------------------------------------------------------------------
 
 
@@ -946,6 +1045,30 @@ def test_a_share_outside_0_to_1_is_refused(share):
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
     assert "--tokenizer.vocab-size 256" in refusal(lambda: TokenizerConfig(vocab_size=256))
     assert TokenizerConfig(vocab_size=257).vocab_size == 257
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_a_vocabulary_without_room_for_the_letters_is_refused(tmp_path, corpus_path, kind):
+    """The sentence names no setting that is no flag."""
+    said = refusal(lambda: prepare_in(tmp_path, cutting=TokenizerConfig(kind, 9)))
+    assert "--tokenizer.vocab-size does not suit this text: vocab_size must be" in said
+    assert said.endswith(", not 9")
+
+
+@pytest.mark.parametrize("context", [0, -3])
+def test_rows_without_a_token_are_refused(context):
+    assert f"--context {context} must be at least 1" in refusal(lambda: data.Show(context=context))
+
+
+def test_the_demo_shows_conversations(tmp_path, monkeypatch, capsys):
+    """Once a KeyError: nobody had asked for the tokens of the roles."""
+    monkeypatch.chdir(tmp_path)
+    talks(tmp_path / "a.jsonl")
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data.path", "a.jsonl", "--data.form", "chat",
+                                      "--tokenizer.kind", "bytes"])  # fmt: skip
+    data.show()
+    out = capsys.readouterr().out
+    assert "<|assistant|>" in out and "text of yours" not in out
 
 
 def test_the_demo_shows_a_corpus(tmp_path, monkeypatch, capsys, corpus_path):

@@ -1,5 +1,6 @@
 """Examinations: log-likelihoods are those of `transformers`, and nothing depends on batches."""
 
+import gzip
 import json
 import math
 import random
@@ -272,6 +273,9 @@ def test_questions_come_from_files(tmp_path):
         path.rename(tmp_path / name)
         assert examine.from_files(tmp_path)[0].kind == (tmp_path.name if name[0] == "t" else "gsm")
         (tmp_path / name).rename(path)
+    (tmp_path / "more_TEST.JSONL.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert [q.kind for q in examine.from_files(tmp_path)] == ["gsm", "more_TEST"]
+    (tmp_path / "more_TEST.JSONL.gz").unlink()
     table = tmp_path / "history.csv"
     table.write_text('"Who, when?",Ann,Ben,Cleo,Dan,B\n')
     (found,) = examine.from_file(table)

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from planted import FAULTS, Found, card, cleaned, documents
+from planted import FAULTS, Found, Show, card, cleaned, documents
 from redact import find
+from run import UserError
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -23,6 +24,15 @@ def test_each_step_finds_what_was_planted_for_it(tmp_path, seed):
 def test_a_step_that_removes_nothing_removes_nothing_wrongly():
     found = Found("copies", "copy", 5, 0, 0, 0)
     assert found.precision == 1 and found.recall == 0
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 0.1), (5, 0.1), (0, 1.0), (9, 0.0), (9, 1.1)])
+def test_something_is_planted_or_it_is_told(count, share):
+    """Once a single document was planted with nothing, of which nothing was found: 0 %."""
+    with pytest.raises(UserError, match="--share"):
+        Show(count, share)
+    assert {one.fault for one in documents(6, 0.1, 0)} == {"", *FAULTS}
+    assert Show(6, 0.1).count == 6
 
 
 def test_what_is_planted_as_private_looks_so():

@@ -57,6 +57,7 @@ BAD = [
     ({"prompt": "Why?"}, "has none of the fields"),
     ({"prompt": "Why?", "chosen": "So."}, '"rejected" is missing'),
     ({"prompt": "", "chosen": "So.", "rejected": "No."}, '"prompt" is missing or empty'),
+    ({"prompt": "a", "responses": ["\ud83d", "b"], "ranks": [1, 2]}, "half a letter"),
     ({"prompt": [], "chosen": "So.", "rejected": "No."}, "no list of turns"),
     ({"chosen": "So.", "rejected": "No."}, "is no transcript"),
     ({"chosen": asked("a"), "rejected": asked("b")}, '"prompt" is missing'),

@@ -327,7 +327,7 @@ def test_unknown_presets_are_one_sentence():
     ("We use cookies on it.", False),
     ("Read our Privacy Policy now.", False), ("These are the terms of use.", False),
     ("A cookie is nice.", True),
-    ("One two " + "x" * 1001 + ".", False), ("One two " + "x" * 999 + ".", True), ("", False),
+    ("One two " + "x" * 1001 + ".", False), ("One two " + "x" * 999 + ".", True),
     ("  One two three.  ", True), ("It uses cookies for that.", False),
     ("The use of cookies, so.", False),
     ("See our cookie policy here.", False),
@@ -344,6 +344,15 @@ def test_c4_by_example():
     assert clean_c4("Home\nIt was so\nIt was not", terminal=False) == "It was so\nIt was not"
     assert clean_c4("Home\nIt was so...", terminal=False) == "It was so..."
     assert clean_c4("") == ""
+
+
+def test_paragraphs_outlive_c4_s_lines():
+    """One blank line stays between lines that do, and none where a line went."""
+    text = "\n\nIt was so.\n \n\nHome\n\nIt was not.\nIt is.\n[1]\nIt was, too.\n\nHome\n\n"
+    assert clean_c4(text) == "It was so.\n\nIt was not.\nIt was, too."
+    pair = "This is one of the two lines that follow each other.\nAnd that is the other.\n\n"
+    left = Statistics(clean_c4("Home\n\n" + pair * 3))
+    assert len(left.paragraphs) == 3 and module.duplicates(left.paragraphs) == 2 / 3
 
 
 # --- languages ------------------------------------------------------------------------------------
