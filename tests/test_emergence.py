@@ -76,6 +76,12 @@ def test_settings_are_checked(make):
         make()
 
 
+def test_one_seed_has_no_interval():
+    assert emergence.with_interval([0.5]) == (0.5, 0.0)
+    middle, half = emergence.with_interval([0.4, 0.5, 0.6])
+    assert middle == pytest.approx(0.5) and half == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+
+
 def test_a_larger_curriculum_holds_the_smaller():
     for count in (4, 10, 20):
         assert {*emergence.curriculum(count, 0)} < {*emergence.curriculum(40, 0)}

@@ -168,6 +168,11 @@ def test_the_table_gives_the_words_of_the_definition(seed, rules):
         assert words.of(text) == [as_text(word) for word in cut(normalize(text, rules))]
 
 
+def test_the_table_sorts_marks_that_are_no_accents():
+    text, rules = "a\u302e\U0001d165", Normalizer(False, False, True, False)
+    assert Words(rules).of(text) == ["a\U0001d165\u302e"] == [as_text(normalize(text, rules))]
+
+
 def test_the_last_letter_of_a_greek_word_is_like_others():
     """Python's lower() turns a Σ at the end of a word into ς, Rust's to_lowercase of a char not."""
     assert as_text(normalize("ΑΣ", Normalizer())) == "ασ"
