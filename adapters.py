@@ -15,7 +15,7 @@ from torch import nn
 from lora import Adapter, add_lora, plain_name
 from model import Transformer
 from prefix import add_prefix, add_prompt
-from run import generator
+from run import UserError, generator
 from vocabulary import Tokenizer
 
 
@@ -61,7 +61,8 @@ def first_ids(how: Adapter, tokenizer: Tokenizer, seed: int) -> list[int]:
         ordinary = sorted(set(tokenizer.known_ids) - set(tokenizer.special.values()))
         draw = torch.randint(len(ordinary), (how.tokens,), generator=generator(seed, "init/prompt"))
         return [ordinary[i] for i in draw]
-    ids = tokenizer.encode(how.text, "text")
+    if not (ids := tokenizer.encode(how.text, "text")):
+        raise UserError(f"--adapter.text {how.text!r} has no token")
     return [ids[i % len(ids)] for i in range(how.tokens)]
 
 

@@ -13,7 +13,8 @@ far as that layer. Embedding, norms and head stay as they are.
     nf4        the same, to the 16 levels of QLoRA
     gptq, obq  errors of one weight are mended by the others of its row (gptq.py)
 
-To add a method: a function of a linear, its inputs and the settings, and one entry in METHODS.
+To add a method: a function of a linear, its inputs and the settings, an entry in METHODS, and its
+name in READ_BY beside the settings that it looks at.
 
 Run: python -m pytest tests/test_quant.py
 
@@ -46,13 +47,20 @@ from step import loss_sum
 # --- settings -------------------------------------------------------------------------------------
 
 
+READ_BY = {  # each setting, and the methods that look at it
+    "bits": ("rtn", "gptq", "obq"), "group": ("rtn", "nf4", "gptq", "obq"),
+    "symmetric": ("rtn", "gptq", "obq"), "act_order": ("gptq",), "dynamic": ("llm-int8",),
+    "damping": ("gptq", "obq"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Method:
     """How the weights of a model become a few bits."""
 
     method: Literal["int8", "zero-point", "llm-int8", "rtn", "nf4", "gptq", "obq"] = "gptq"
     bits: int = 4  # of a weight: rtn, gptq, obq
-    group: int = 64  # weights of a row that share a step; 0: a whole row
+    group: int = 64  # rtn, nf4, gptq, obq: weights of a row that share a step; 0: a whole row
     symmetric: bool = False  # rtn, gptq, obq: as many steps below 0 as above, no zero point
     act_order: bool = False  # gptq: features with the largest inputs first
     dynamic: bool = False  # llm-int8: outliers are chosen for each batch, not by the calibration
@@ -60,6 +68,12 @@ class Method:
 
     def __post_init__(self):
         Packed(self.bits, self.group)  # says what is wrong
+        if not 0 <= self.damping <= 1:
+            raise UserError(f"--damping {self.damping} must be from 0 to 1")
+        for name, methods in READ_BY.items():
+            if self.method not in methods and getattr(self, name) != getattr(Method, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"--method {self.method} has no {flag}: leave it out")
 
     def packed(self, K: int) -> Packed:
         """With a group that divides K: the one asked for, or the largest above half of it."""

@@ -344,6 +344,10 @@ class Certificate:
     def __post_init__(self):
         if self.ranks not in (1, 2, 4, 8):
             raise UserError(f"--ranks {self.ranks} must be 1, 2, 4 or 8")
+        if self.exact and self.ranks < 8:
+            raise UserError(
+                f"--exact tries plans of 8 processes, not of {self.ranks}: leave --ranks out"
+            )
         if self.width < 16 or self.width % 16:
             raise UserError(f"--width {self.width} must be a multiple of 16")
         if not 1 <= self.steps <= 1000:

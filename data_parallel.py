@@ -23,9 +23,9 @@ from mesh import Group
 
 def in_buckets(params: list[Parameter], most: float) -> list[list[Parameter]]:
     """Neighbours of about `most` bytes together, the last first: backward comes to them so."""
-    found, size = [[]], 0
+    found, size = [], 0
     for p in reversed(params):
-        if size + p.nbytes > most and found[-1]:
+        if not found or size + p.nbytes > most:
             found.append([])
             size = 0
         found[-1].append(p)

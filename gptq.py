@@ -98,8 +98,8 @@ def solvable(W: Tensor, H: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
         raise UserError(f"W {tuple(W.shape)} and H {tuple(H.shape)} do not belong together")
     if not H.isfinite().all():
         raise UserError("calibration inputs were infinite or NaN, or too large: so is H")
-    if damp < 0:
-        raise UserError(f"damping {damp} must be at least 0")
+    if not 0 <= damp <= 1:
+        raise UserError(f"damping {damp} must be from 0 to 1")
     W, H = W.detach().double().clone(), H.double().clone()
     diagonal = H.diagonal()
     dead = diagonal == 0
@@ -141,7 +141,8 @@ def round_to_nearest(W: Tensor, H: Tensor, fit: Fit) -> Rounded:
 def obq(W: Tensor, H: Tensor, fit: Fit, outliers: bool = True, damp: float = DAMP) -> Rounded:
     """Each row of W (N K) settles the weight that costs least, again and again (OBC, section 5).
 
-    outliers: a weight that others have pushed further than half a step from the grid goes first.
+    outliers: a weight that others have pushed further than half a step from the grid, or half of
+    NF4's widest, goes first.
     Weights that are 0 stay 0, so that a pruned matrix stays pruned. Those of features much larger
     than others cost most and come last, when nothing can mend them: there GPTQ's order is better.
     """
@@ -152,7 +153,7 @@ def obq(W: Tensor, H: Tensor, fit: Fit, outliers: bool = True, damp: float = DAM
         grid, w = of_rows(whole, rows), W[rows]
         at = torch.arange(len(w), device=w.device)
         inverse = inverses(H, w != 0)
-        most = spread(grid.scale, grid.group).double() ** 2 / 4  # half a step, squared
+        most = (spread(grid.scale, grid.group).double() * grid.reach) ** 2
         for _ in range(int((w != 0).sum(1).max())):
             free = inverse.diagonal(dim1=1, dim2=2) > 0
             nearest = grid.codes(w)
@@ -211,7 +212,8 @@ def chunks(W: Tensor) -> list[slice]:
 def prune(W: Tensor, H: Tensor, share: float, damp: float = DAMP) -> Pruned:
     """A share of each row of W (N K) becomes 0, the cheapest weights first (OBC, section 4).
 
-    Weights that are 0 count, and stay 0.
+    Weights that are 0 count, and stay 0. The paper prunes a share of all rows together, of which
+    some then lose more than others; here each loses as many.
     """
     if not 0 <= share <= 1:
         raise UserError(f"the share of weights to prune, {share}, must be from 0 to 1")

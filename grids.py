@@ -45,6 +45,8 @@ class Grid(NamedTuple):
     high: int  # and the largest
     group: int  # neighbouring input features that share a column of scale and zero
 
+    reach = 0.5  # scales: no value between the ends is further from its code's
+
     def codes(self, W: Tensor) -> Tensor:
         """The nearest codes to W (N K), halves to even; where a scale is 0, that of 0."""
         scale, zero = spread(self.scale, self.group).to(wide(W)), spread(self.zero, self.group)
@@ -160,6 +162,8 @@ class NormalFloat(NamedTuple):
     scale: Tensor
     group: int
 
+    reach = (NF4[1:] - NF4[:-1]).max().item() / 2  # as that of a Grid
+
     def codes(self, W: Tensor) -> Tensor:
         """The nearest levels' numbers to W (N K), uint8; where a scale is 0, that of 0."""
         scale, levels = spread(self.scale, self.group).to(wide(W)), NF4.to(W.device, wide(W))
@@ -195,9 +199,10 @@ class Doubled(NamedTuple):
 
 
 def double_quantize(scale: Tensor) -> Doubled:
-    """Scales of any shape, less their mean, by absmax in 8 bits (Dettmers et al. 2023, eq. 6).
+    """Scales of any shape, less their mean, in 8 bits (Dettmers et al. 2023, eq. 6).
 
-    Take what is `restored` for the scale before codes are chosen: these then fit what is read.
+    By absmax, where QLoRA has floats of 8 bits. Take what is `restored` for the scale before codes
+    are chosen: these then fit what is read.
     """
     flat = scale.float().flatten()
     mean = flat.mean()

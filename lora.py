@@ -63,6 +63,8 @@ class Adapter:
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
             raise UserError("--adapter.rank must be at least 1, and --adapter.alpha above 0")
+        if self.kind == "lora" and not self.on:
+            raise UserError("--adapter.on must name at least one matrix")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--adapter.dropout {self.dropout} must be from 0 to below 1")
         if self.tokens < 1 or self.hidden < 0:
@@ -291,7 +293,7 @@ def plain_name(name: str) -> str:
 
 
 def use(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Let these adapters count, each so much, and no others; {} is the base.
+    """Let these adapters count, each so much, and no others; {} is the base. Nothing stays merged.
 
     UserError if there is none of a name.
     """
@@ -299,6 +301,7 @@ def use(model: nn.Module, weights: Mapping[str, float]) -> None:
     if unknown := sorted(weights.keys() - there):
         names = ", ".join(sorted(there)) or "none"
         raise UserError(f"there is no adapter {unknown[0]!r} on the model: it has {names}")
+    unmerge(model)
     for linear in adapted(model).values():
         linear.weights = {name: w for name, w in weights.items() if name in linear.adapters}
 

@@ -75,7 +75,9 @@ class Plan:
                 f"--plan.zero {self.zero} moves gradients or weights with each micro-batch: with "
                 f"--plan.pipeline {self.pipeline} choose 0 or 1"
             )
-        if self.layers and (len(self.layers) != self.pipeline or min(self.layers) < 0):
+        if min(self.layers, default=0) < 0:
+            raise UserError(f"--plan.layers: a stage cannot have {min(self.layers)} blocks")
+        if self.layers and len(self.layers) != self.pipeline:
             raise UserError(
                 f"--plan.layers must name the blocks of each of {self.pipeline} stages, not "
                 f"{len(self.layers)}"
@@ -164,8 +166,6 @@ class Group:
         """Of the sum of all x this member's part of the rows; each sends (N−1)/N of x."""
         if self.size == 1:
             return x
-        if self.exact:
-            return self.sum_(x.clone()).chunk(self.size)[self.index]
         self.count("scatter", x.nbytes * (self.size - 1) / self.size)
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
         dist.reduce_scatter(part, list(x.contiguous().chunk(self.size)), group=self.handle)

@@ -87,7 +87,7 @@ class Part(Transformer):
     @property
     def device(self) -> torch.device:
         """An empty stage has no weights: then that of the machine."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return next((p.device for p in self.parameters()), self.mesh.world.device)
 
     def split(self) -> None:
         """Cut every layer, and embedding and head, into parts."""

@@ -37,9 +37,10 @@ from adapters import adapt, frozen_mark
 from data import Corpus
 from mesh import Group, Mesh, Plan, end_the_stopped, first_to_say, lost
 from model import Transformer
-from objectives import Batch
+from objectives import Batch, objective_for
 from optim import learnt
 from parallel import Part, check, evaluate, update
+from prefix import check_room
 from quantized import quantized
 from recompute import recompute
 from run import RUNS, Run, Tensors, UserError, value_of
@@ -90,7 +91,8 @@ def agree(world: Group, function: Callable[[], Any]) -> Any:
         why = str(error)
     failed = torch.zeros(world.size)
     failed[world.index] = bool(why)
-    if not world.sum_(failed.to(world.device)).any():
+    failed = world.sum_(failed.to(world.device))
+    if not failed.any():
         return value
     raise UserError(world.tell(why, int(failed.nonzero()[0])))
 
@@ -214,13 +216,14 @@ class ParallelTraining(Training):
                 found[name] = x.cpu()
         return found
 
-    def whole_model(self) -> Transformer:
-        """With weights on the first rank only."""
+    def whole_model(self) -> Transformer | None:
+        """On the first rank only."""
         weights = self.whole(self.skeleton()[0].named_parameters(), "weight/")
+        if not weights:
+            return None
         model = Transformer(self.config.model, seed=None)
         adapt(model, self.config.adapter)
-        if weights:
-            model.load_state_dict(weights)
+        model.load_state_dict(weights)
         return model.to(self.device)
 
     @torch.no_grad()
@@ -334,7 +337,10 @@ def one_voice(world: Group) -> Iterator[None]:
 
 def begin(config: Train, corpus: Corpus) -> Training:
     """The state before the first step, of one process or of this one's part."""
-    plan = config.plan
+    plan, c = config.plan, config.model
+    objective = objective_for(config.objective, c.arch)
+    widths = objective.widths(objective.text_width(c.context, c.arch), c.arch)
+    check_room(c, config.adapter, widths)
     if plan.size == 1 and not plan.exact:
         return Training(config, corpus)
     return ParallelTraining(config, corpus, Mesh(plan.data, plan.pipeline, plan.tensor, plan.exact))
@@ -359,10 +365,10 @@ def check_fits(config: Train, device: torch.device) -> None:
 
     def fits(plan: Plan) -> bool:
         try:
-            check(config.model, plan)
+            check(config.model, plan, config.adapter)
+            return least_bytes(replace(config, plan=plan)) <= there
         except UserError:
             return False
-        return least_bytes(replace(config, plan=plan)) <= there
 
     def far(other: Plan) -> tuple[int, float]:
         pairs = [

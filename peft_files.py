@@ -177,16 +177,23 @@ PLAIN = {  # of PEFT's settings those that would change the function, and what t
     "fan_in_fan_out": (False, True), "prefix_projection": (False,),
     "trainable_token_indices": ([],),
     "lora_bias": (False,), "num_transformer_submodules": (1,),
+    # variants of LoRA, and beginnings that take from the base what they add
+    "use_qalora": (False,), "use_bdlora": (), "alora_invocation_tokens": (), "kasa_config": (),
+    "monteclora_config": (), "arrow_config": (), "velora_config": (),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
 
 
 def of_module(values: dict, pattern: str, plain: str, module: str, path: Path) -> float:
     """A setting of one matrix: what a pattern says of its name, as PEFT matches them, or of all."""
-    given = values.get(pattern) or {}
-    key = next((k for k in given if re.match(rf"(.*\.)?({k})$", module)), None)
-    value = values.get(plain) if key is None else given[key]
+    given, config = values.get(pattern) or {}, path.parent / "adapter_config.json"
+    try:
+        value = next((x for name, x in given.items() if re.match(rf"(.*\.)?({name})$", module)),
+                     values.get(plain))  # fmt: skip
+    except (AttributeError, re.error):
+        raise UserError(f"{config}: {pattern} {given!r} is no table of patterns") from None
     if not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{path.parent / 'adapter_config.json'}: {plain} cannot be {value!r}")
+        raise UserError(f"{config}: {plain} cannot be {value!r}")
     return value
 
 

@@ -99,7 +99,7 @@ class Constants(NamedTuple):
     head: float = 1.0  # time of the head's products, as a multiple of the same FLOPs elsewhere
     tensor: float = 150.0  # GB/s of all-reduces inside a node
     upgrade: float = 1.1  # times that they took longer before 25 February
-    data: float = 3.0  # GB/s of a device's gradients and weights, to other nodes
+    data: float = 3.0  # GB/s of gradients and weights to other nodes, where devices send NETWORK
 
 
 class Room(NamedTuple):
@@ -145,9 +145,10 @@ def seconds(c: Columns, k: Constants, it: Hardware) -> Columns:
     send = np.where(p > 1, stream * (1 + 1 / t) / far, 0)
     slowest = np.maximum(c["most"] * layer, c["last"] * layer + head) + send
     once = c["layers"] * layer + head + p * send  # Σ tᵢ
-    psi = (c["layers"] * c["weights"] + c["vocab"] * C) / (t * p)
+    psi = (c["layers"] * c["weights"] + c["tables"] * c["vocab"] * C) / (t * p)
+    # with ZeRO 1 no more than without, as in the measured plans; ours sends 3 (plan.py)
     trips = np.select([c["zero"] == 3, c["zero"] == 2], [3 * M, M + 1], 2)
-    rate = np.where(t * p * d <= NODE, near, k.data * GB)
+    rate = np.where(t * p * d <= NODE, near, k.data * GB * c["network"] / NETWORK)
     data = 2 * psi * trips * (d - 1) / d / rate
     total = once / c["chunks"] + (M - 1 / c["chunks"]) * slowest + data
     work = M * (c["layers"] * (layer - tensor) + head) / p
@@ -180,7 +181,7 @@ def gigabytes(c: Columns, k: Room) -> Columns:
     keeps = np.select([c["again"] == 2, c["again"] == 1], [2 * n * C, lean], whole) * k.kept
     found = []  # the first stage, the others, the last
     for before, layers, outer, there in (
-        (0, "first", 1, p > 0), (1, "most", 0, p > 2), (p - 1, "last", 1, p > 1)
+        (0, "first", c["tables"], p > 0), (1, "most", 0, p > 2), (p - 1, "last", 1, p > 1)
     ):  # fmt: skip
         state = each * (c[layers] * c["weights"] + outer * c["vocab"] * C) / t
         kept = np.minimum(M, p - before) * c[layers] * keeps
@@ -214,6 +215,8 @@ def columns_of(c: ModelConfig, plans: list, batch: int, **more) -> Columns:
         "first": [plan.layers[0] for plan in plans],
         "most": [max(plan.layers) for plan in plans],
         "last": [plan.layers[-1] for plan in plans],
+        # of V C numbers on the first stage: embedding, and a head of its own if it is the last, too
+        "tables": [1 + (plan.pipeline == 1 and not c.tied) for plan in plans],
     }
     alike = {
         "batch": batch, "layers": c.layers, "dim": c.dim, "heads": c.heads, "vocab": c.vocab_size,
@@ -270,16 +273,19 @@ def read(path: Path, vocab: int, context: int, network: float = NETWORK) -> Meas
             )  # fmt: skip
             if min(d, t, p, b, batch) < 1 or batch % (d * b) or zero not in range(4) or p > L:
                 raise UserError("a plan cannot be so")
+            if plan.recompute not in RECOMPUTE:
+                raise UserError(f"recompute {plan.recompute!r} is none of {', '.join(RECOMPUTE)}")
             chunks, rate = int(row.get("chunks") or 1), float(row.get("tflops") or "nan")
             flops = batch * exact_flops(c, context, "full") / (d * t * p * 1e12)
             taken.append(float(row.get("sec") or "nan") if "sec" in row else flops / rate)
             gb = row.get("mem_gb") or "nan"
             memory.append(inf if gb == "OOM" else float(gb))
-            if taken[-1] <= 0 or memory[-1] <= 0:
-                raise UserError("seconds and memory must be above 0")
+            far = float(row.get("network") or network)
+            if taken[-1] <= 0 or memory[-1] <= 0 or not 0 < far < inf:
+                raise UserError("seconds, memory and network must be above 0")
             era = {
                 "old": "" < date < "02-25", "fp32": not "" < date < "02-28", "chunks": chunks,
-                "network": float(row.get("network") or network),
+                "network": far,
             }  # fmt: skip
         except (ValueError, TypeError, UserError, ZeroDivisionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
@@ -436,8 +442,8 @@ def show_trust(own: dict, found: Measured, it: Hardware, room: Room) -> None:
                 print(f"line {line} {what}: {why}")
 
 
-def draw(own: dict, path: Path) -> None:
-    """Predicted without having been seen, against measured."""
+def draw(own: dict, plans: str, path: Path) -> None:
+    """Predicted without having been seen, against measured; plans: whose, in words."""
     with picture(path, size=(6, 5)) as (axes,):
         for tensor, colour in zip((1, 2, 4, 8), ("#999999", "#2a7f62", "#c8442d", "#1f4e8c"),
                                   strict=True):  # fmt: skip
@@ -447,5 +453,5 @@ def draw(own: dict, path: Path) -> None:
         ends = [0.95 * own["measured"].min(), 1.05 * own["measured"].max()]
         axes.plot(ends, ends, color="#777777", linewidth=1)
         axes.set(xlabel="seconds of an update, measured", ylabel="predicted, the row not seen",
-                 title="BLOOM's makers' plans")  # fmt: skip
+                 title=plans)  # fmt: skip
         axes.legend(frameon=False)

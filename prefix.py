@@ -37,7 +37,7 @@ from torch.nn import Parameter
 from attention import KeyValue, causal_mask
 from kernels.mask import Mask, dense
 from lora import Adapter
-from model import Stack, Transformer
+from model import ModelConfig, Stack, Transformer
 from positions import NoPosition, Rotation
 from run import UserError, generator
 
@@ -229,6 +229,19 @@ def check(model: Transformer, how: Adapter) -> None:
         )
     if how.kind == "prompt" and c.dropout and c.arch != "decoder":
         raise UserError("prompt tuning of an encoder needs --model.dropout 0: use prefix tuning")
+
+
+def check_room(c: ModelConfig, how: Adapter, widths: tuple[int, int]) -> None:
+    """UserError if rows of so many tokens, of source and decoder, run out of learned positions."""
+    if how.kind not in ("prefix", "prompt") or c.position != "learned":
+        return
+    longest = widths[0] if how.kind == "prompt" else max(widths)
+    if longest + how.tokens > c.context:
+        raise UserError(
+            f"rows of {longest} tokens and {how.tokens} before them are more than the {c.context} "
+            "learned positions of the base: use --adapter.kind lora, or a base with another "
+            "--model.position"
+        )
 
 
 def stacks(model: Transformer) -> list[Stack]:

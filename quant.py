@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from calibrate import CALIBRATED, Layer, Method, in_order, quantize, run_hooked
+from calibrate import CALIBRATED, READ_BY, Layer, Method, in_order, quantize, run_hooked
 from data import Corpus
 from generate import Sampling, generate
 from improve import IMPROVED
@@ -208,6 +208,10 @@ class Save(OfRun, Method):
 
     name: str = ""  # of the new run; empty: the next free run-001, run-002, …
 
+    def __post_init__(self):
+        OfRun.__post_init__(self)
+        Method.__post_init__(self)
+
 
 def save(config: Save) -> None:
     """A run whose checkpoint holds codes, and in train_state.json what they are."""
@@ -267,13 +271,16 @@ class Ladder(OfRun):
         super().__post_init__()
         if unknown := [name for name in self.rows if name not in RUNGS]:
             raise UserError(f"--rows {unknown[0]!r} is none of {', '.join(RUNGS)}")
+        if not self.rows:
+            raise UserError("--rows must name at least one")
+        Method(group=self.group)  # says what is wrong
 
 
 def ladder(config: Ladder) -> None:
     it, found = subject(config), []
     for name in config.rows:
         how = RUNGS[name]
-        if isinstance(how, Method) and how.group:
+        if isinstance(how, Method) and how.method in READ_BY["group"] and how.group:
             how = replace(how, group=config.group)
         found.append(result(it, name, how))
         print(f"{name}: {found[-1].measure:.4f} {it.unit}", flush=True)
@@ -285,7 +292,7 @@ def ladder(config: Ladder) -> None:
 LOOKS = {  # color, marker, line
     "nearest": ("#c8442d", "o", ":"), "GPTQ": ("#1f4e8c", "s", "-"), "OBQ": ("#0d2240", "^", "--"),
     "NF4": ("#8a9a2f", "D", ""), "int8": ("#b5892e", "v", ""), "LLM.int8": ("#2a7f62", "P", ""),
-    "bf16": ("#777777", "X", ""),
+    "bf16": ("#777777", "X", ""), "fp32": ("#777777", "*", ""),
 }  # fmt: skip
 FILLS = {"": "full", "groups": "none", "act-order": "left", "groups, act-order": "bottom"}
 LEAST = 0.01  # % that is drawn

@@ -12,7 +12,6 @@ split. So adapters stand on them (QLoRA): the gradient goes through as if y were
 
     packed(model)                   the tensors of its file, and what each quantized linear is
     assembled(config, file, kinds)  the model again, to the bit
-    unpacked(model)                 with plain linears that hold what the codes stand for
 
 LLM.int8's outlier features are those of a calibration, with the original weights in fp16; if they
 are chosen anew for each batch (`dynamic`), any feature may be one and their weights are what the
@@ -31,7 +30,6 @@ Papers: Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339); Dettmers et al. 202
 Letters: N output features · K input features · k outlier features · G groups of input features.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +40,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from attention import Linear
 from grids import Grid, NormalFloat, absmax, nf4, pack, unpack, zero_point
 from kernels.int4 import BLOCK, int4_linear, pack_int4, unpack_int4
 from kernels.int8 import MOST, THRESHOLD, int8_linear, outlier_columns, quantize_rows
@@ -402,16 +399,4 @@ def assembled(config: ModelConfig, path: Path, kinds: dict[str, dict]) -> Transf
         if have != need:
             raise UserError(f"{path} does not fit its config.json: {name} is {have}, not {need}")
     model.load_state_dict(tensors, strict=False, assign=True)
-    return model
-
-
-@torch.no_grad()
-def unpacked(model: Transformer) -> Transformer:
-    """A plain model with the matrices that the codes stand for."""
-    model = copy.deepcopy(model)
-    for name, old in quantized(model).items():
-        new = Linear(*reversed(old.shape))
-        new.weight.data = old.dense()
-        new.bias = old.bias
-        exchange(model, name, new)
     return model

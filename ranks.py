@@ -40,20 +40,19 @@ for kind in (Tensor, torch.nn.Parameter):
 
 
 def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
-    """Answer calls until None comes."""
+    """Answer one call after the other, for as long as the process lives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is not looked through again
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
-    while (job := pipe.recv()) is not None:
+    while True:
+        function, arguments = pipe.recv()
         forget()
-        function, arguments = job
         try:
             answer = True, function(*arguments)
         except Exception:
             answer = False, traceback.format_exc()
         pipe.send(answer)
-    dist.destroy_process_group()
 
 
 def forget() -> None:

@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 def sizes(c: ModelConfig, plan: Plan, at: Place) -> Sizes:
     """A block has C² + 2 C K + C² + 3 C F weights, of which a tensor rank holds 1/t."""
     (_, s, i), t, C, V = at, plan.tensor, c.dim, c.vocab_size
-    K, F, last = c.kv_heads_or_heads * c.head_dim, c.ffn_dim, s == plan.pipeline - 1
+    K, F, last = c.kv_heads_or_heads * c.head_dim, c.ffn_width, s == plan.pipeline - 1
     copies = [C] * 6  # weights and biases of two norms, and the biases behind two sums
     rows = [n // t for n in (C * C, C, K * C, K, K * C, K, F * C, F, F * C, F)]
     block = [*copies, *rows, C * C // t, C * F // t]

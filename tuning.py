@@ -15,7 +15,6 @@ Letters: B batch · n digits · T tokens.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import nan
 from pathlib import Path
 
 import torch
@@ -228,7 +227,7 @@ def compare(config: Compare) -> None:
         for way in config.ways:
             found[way].append(tuned(config, base, task, way, how))
     gains = {way: gain(before, [one["right"] for one in each]) for way, each in found.items()}
-    whole = gains.get("all weights", nan)
+    whole = gains.get("all weights", 0.0)
     lines = [("before", "", "", "", "", *(f"{r.right:.0%}" for r in before), "", "")]
     for way, each in found.items():
         one = each[0]
@@ -256,10 +255,12 @@ def tuned(config: Compare, base: str, task: str, way: str, how: Examine) -> dict
     adapter, lr = WAYS[way]
     lessons = Lessons((task,), config.levels, 4000, think=0.0, seed=config.seed)
     name = f"{config.name}-{task}-{way}".replace(" ", "-").replace(",", "")
-    trained(name, "--base", base, "--objective", "chat", "--data.form", "chat",
-            "--data.path", str(lessons_file(lessons)), "--steps", str(config.steps),
-            "--batch", str(config.batch), "--optim.lr", str(lr), "--seed", str(config.seed),
-            "--device", config.device, *flags(adapter))  # fmt: skip
+    name = trained(
+        name, "--base", base, "--objective", "chat", "--data.form", "chat",
+        "--data.path", str(lessons_file(lessons)), "--steps", str(config.steps), "--batch",
+        str(config.batch), "--optim.lr", str(lr), "--seed", str(config.seed), "--device",
+        config.device, *flags(adapter),
+    )  # fmt: skip
     run = Run.open(name)
     writer = writer_of(name, "", config.device)
     (result,) = examined(writer, replace(how, tasks=(task,)))

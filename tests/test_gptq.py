@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gptq as module
 from gptq import Hessian, gptq, inverse_factor, loss, obq, prune, round_to_nearest
-from grids import Grid, absmax, nf4, zero_point
+from grids import NF4, absmax, nf4, of_rows, zero_point
 from run import UserError
 
 counts = st.integers(1, 5)
@@ -227,19 +227,22 @@ def by_least_squares(w, x, candidates, outliers, steps):
     return now, losses
 
 
-@given(st.integers(1, 3), st.integers(1, 7), uniform, st.integers(2, 4), st.booleans(), seeds)
+@given(st.integers(1, 3), st.integers(1, 7), st.sampled_from([absmax, zero_point, nf4]),
+       st.integers(2, 4), st.booleans(), seeds)  # fmt: skip
 def test_each_step_of_obq_is_the_best_that_least_squares_finds(N, K, fit, b, outliers, seed):
     W, x, H = layer(seed, N, K)
     W *= normals(seed + 1, (N, K))[0] > -1
-    grid = fit(0.7 * W, b)  # too narrow: there are outliers from the start
+    grid = nf4(0.7 * W, K) if fit is nf4 else fit(0.7 * W, b)  # too narrow: there are outliers
+    widest = (NF4[1:] - NF4[:-1]).max().item() if fit is nf4 else 1.0  # step
     got = obq(W, H, grid, outliers, damp=0.0)
     assert not grid.values(got.codes)[W == 0].any()
     for r in range(N):
-        row = Grid(grid.scale[r, None], grid.zero[r, None], *grid[2:])
+        row = of_rows(grid, slice(r, r + 1))
 
         def candidates(w, row=row):
             values = row.values(row.codes(torch.from_numpy(w)[None]), torch.float64)[0].numpy()
-            return values, ((w - values) / max(row.scale.double().item(), 1e-30)) ** 2
+            step = max(widest * row.scale.double().item(), 1e-30)
+            return values, ((w - values) / step) ** 2
 
         values, losses = by_least_squares(W[r].numpy(), x.numpy(), candidates, outliers, K)
         assert_close(row.values(got.codes[r, None], torch.float64)[0], values, 1e-9)
@@ -359,8 +362,9 @@ def test_what_cannot_be_solved_is_refused(how):
         with pytest.raises(UserError) as error:
             METHODS[how](weights, form, absmax)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError):
-        METHODS[how](W, H, absmax, damp=-1.0)
+    for damp in (-1.0, 2.0, torch.nan):
+        with pytest.raises(UserError, match=r"damping .* must be from 0 to 1"):
+            METHODS[how](W, H, absmax, damp=damp)
     with pytest.raises(UserError):
         Hessian(4).value()
     for call in (lambda: gptq(W, H, absmax, "random"), lambda: gptq(W, H, absmax, block=0),

@@ -158,6 +158,10 @@ def test_adapters_are_switched_and_added_up():
     use(model, {"b": 1, "a": 1})
     assert_close(logits(model), both)
     assert not torch.allclose(a, both) and not torch.allclose(a, base)
+    for weights, said in (({}, base), ({"a": 1}, a)):  # what is merged is merged no more
+        merge(model)
+        use(model, weights)
+        assert torch.equal(logits(model), said)
     with pytest.raises(UserError, match="no adapter 'c' on the model: it has a, b"):
         use(model, {"c": 1})
     with pytest.raises(UserError, match="an adapter 'a' already"):
@@ -172,7 +176,7 @@ def test_what_is_no_linear_has_no_adapter(word):
         adapt(Transformer(SMALL), Adapter("lora", on=(word,)))
 
 
-@pytest.mark.parametrize("values", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}])
+@pytest.mark.parametrize("values", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"on": ()}])
 def test_settings_that_make_no_sense(values):
     with pytest.raises(UserError):
         Adapter("lora", **values)
@@ -332,7 +336,10 @@ def test_any_plan_computes_what_one_process_computes(ranks, plan):
     assert all(apart[what] <= law for what, law in LAWS.items()), apart
 
 
-@pytest.mark.parametrize("plan", [Plan(1, 2), Plan(2, zero=3), Plan(1, 1, 2)], ids=in_short)
+BARE = [Plan(1, 2), Plan(2, 2), Plan(2, 2, zero=1), Plan(2, zero=3), Plan(1, 1, 2)]
+
+
+@pytest.mark.parametrize("plan", BARE, ids=in_short)
 def test_a_block_or_a_stage_may_have_nothing_that_is_trained(ranks, plan):
     how = replace(HOW, on=("layers.3.*",))
     found = ranks.run(together, partial(part_with, how), MODEL, plan, 2, torch.float64, OPTIM)
@@ -418,4 +425,6 @@ def test_a_merge_that_loses_what_was_learnt_is_refused():
         plain(model)
     assert torch.equal(logits(plain(model, force=True)), logits(use(model, {}) or model))
     assert survival(tuned(drawn(SMALL, 0), Adapter("lora"), 0)) == pytest.approx(1, abs=1e-12)
+    adapt(fresh := drawn(SMALL, 0), Adapter("lora"), 0)
+    assert survival(fresh) == 1.0  # of nothing, all
     plain(stepped(0.1))

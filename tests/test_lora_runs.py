@@ -9,7 +9,9 @@ import torch
 from test_align import TINY, folder, made, tune  # noqa: F401
 from test_train import end_of, run
 
+import tuning
 import writer
+from examine import Result
 from lora import NONE, adapted, plain
 from optim import learnt
 from peft_files import load_adapter
@@ -82,6 +84,20 @@ def test_so_does_one_with_a_prefix_or_a_prompt(folder, kind):  # noqa: F811
     assert run("writer.py", "--run", "base", "--out", "their base")[0] == 0
 
 
+@pytest.mark.parametrize("kind", sorted(ROWS))
+def test_learned_positions_must_have_room_for_it(folder, kind):  # noqa: F811
+    """A row of text fills the context, and stands behind the tokens of a prefix or a prompt."""
+    shape = ["--model.position", "learned", "--model.context", "32", "--model.dim", "16",
+             "--model.heads", "2", "--model.layers", "1"]  # fmt: skip
+    base = ["--data.mix", "stories=world:60", "--tokenizer.kind", "bytes", "--steps", "1"]
+    assert run("train.py", *TINY, *base, *shape, "--name", "learned")[0] == 0
+    status, _, err = tune("--base", "learned", "--name", "mine", "--steps", "1", *ROWS[kind])
+    assert status == 2 and err.count("\n") == 1, err
+    assert "32 tokens and 3 before them are more than the 32 learned positions" in err
+    assert "--adapter.kind lora" in err and not (RUNS / "mine").exists()
+    assert tune("--base", "learned", "--name", "mine", "--steps", "1", *LORA)[0] == 0
+
+
 def test_an_adapter_s_folder_goes_beside_its_base(folder):  # noqa: F811
     assert tune("--name", "mine", "--steps", "3", *LORA)[0] == 0
     assert run("writer.py", "--run", "mine", "--adapter", "--out", "folder")[0] == 0
@@ -121,6 +137,20 @@ def test_a_run_with_an_adapter_is_a_base_and_an_export(folder):  # noqa: F811
              "--optim.lr", "1e-9"]  # fmt: skip
     assert run(*again)[0] == 0
     assert torch.allclose(said(loaded("next").model), said(plain(loaded("mine").model)), atol=1e-4)
+
+
+def test_without_full_tuning_nothing_is_a_share_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    RUNS.mkdir()
+    cost = {"weights": 1, "of": 2, "bytes": 3, "seconds": 1.0}
+    parts = {"tuned_run": lambda name: "base", "writer_of": lambda *_: None,
+             "examined": lambda *_: [Result("sort", 1, 0.2, 0.1, 0.3, ("", "", ""))],
+             "tuned": lambda *_: cost | {"right": 0.5, "low": 0.4, "high": 0.6}}  # fmt: skip
+    for name, part in parts.items():
+        monkeypatch.setattr(tuning, name, part)
+    tuning.compare(tuning.Compare(tasks=("sort",), ways=("prompt",)))
+    out = capsys.readouterr().out
+    assert "+30" in out and "nan" not in out
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo", "dpo"])

@@ -3,6 +3,7 @@
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,12 @@ def test_buckets_leave_while_the_backward_pass_goes_on(ranks, change):
             assert count > 4 and (count - 3 <= sent < count if bucket else sent == 0)
 
 
+def test_an_empty_stage_is_where_its_machine_is():
+    world = SimpleNamespace(device=torch.device("cuda"))
+    part = SimpleNamespace(parameters=lambda: iter(()), mesh=SimpleNamespace(world=world))
+    assert Part.device.fget(part) == torch.device("cuda")
+
+
 MIXED = [Plan(1, 1, 1), Plan(2, 2, 2), Plan(8, 1, 1), Plan(1, 8, 1), Plan(1, 1, 8), Plan(4, 1, 2),
          Plan(1, 2, 4, schedule="gpipe"), Plan(2, 1, 4)]  # fmt: skip
 
@@ -166,8 +173,10 @@ def test_a_plan_that_cannot_be_is_told_in_a_sentence(plan, change, said):
 @pytest.mark.parametrize("wrong, said", [
     ({"data": 0}, "at least 1"), ({"zero": 4}, "0, 1, 2 or 3"),
     ({"zero": 2, "pipeline": 2}, "0 or 1"),
-    ({"pipeline": 2, "layers": (5,)}, "each of 2"), ({"sequence": True, "exact": True}, "order"),
-    ({"exact": True, "zero": 3}, "0 or 1"), ({"exact": True, "data": 3}, "powers of 2"),
+    ({"pipeline": 2, "layers": (5,)}, "each of 2 stages, not 1"),
+    ({"pipeline": 2, "layers": (5, -1)}, "a stage cannot have -1"),
+    ({"sequence": True, "exact": True}, "order"), ({"exact": True, "zero": 3}, "0 or 1"),
+    ({"exact": True, "data": 3}, "powers of 2"),
 ])  # fmt: skip
 def test_a_plan_is_checked(wrong, said):
     with pytest.raises(UserError, match=said):
@@ -227,7 +236,10 @@ def test_a_broken_law_is_a_sentence_and_exit_status_1(tmp_path, monkeypatch, cap
     assert (tmp_path / "runs" / "certificate.png").exists()
 
 
-@pytest.mark.parametrize("values, said", [({"ranks": 3}, "1, 2, 4 or 8"), ({"steps": 0}, "1000")])
+@pytest.mark.parametrize("values, said", [
+    ({"ranks": 3}, "1, 2, 4 or 8"), ({"steps": 0}, "1000"),
+    ({"exact": True, "ranks": 4}, "--exact tries plans of 8 processes, not of 4"),
+])  # fmt: skip
 def test_a_certificate_s_settings_are_checked(values, said):
     with pytest.raises(UserError, match=said):
         Certificate(**values)

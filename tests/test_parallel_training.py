@@ -7,8 +7,10 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +21,21 @@ from test_train import write_texts
 import parallel_training
 import train
 from instruct import Lessons, lessons, write
+from lora import Adapter
 from mesh import Group, Mesh, Plan
 from model import ModelConfig
-from parallel import Part
-from parallel_training import after_restart, check_copies, check_fits
+from parallel import Part, check
+from parallel_training import (
+    ParallelTraining,
+    after_restart,
+    agree,
+    check_copies,
+    check_fits,
+)
 from plan import Plan as AutomaticPlan
 from quant import Save, save
 from run import RUNS, Run, UserError, load_tensors
-from training import Train
+from training import Train, least_bytes
 
 TINY = [
     *("--model.dim", "16", "--model.heads", "8", "--model.layers", "3", "--model.context", "16"),
@@ -101,6 +110,7 @@ PLANS = [
     (Plan(1, 3, 2), ["--model.arch", "encoder", "--objective", "masked"]),
     (Plan(2, 1, 4), ["--model.arch", "encdec", "--objective", "spans"]),
     (Plan(2, 2, 2), ["--dtype", "bfloat16"]),
+    (Plan(2, 1, 2), ["--model.attention", "performer"]),
     (Plan(2, 1, 4, zero=3), ["--optim.name", "muon"]),
     (Plan(4, 1, 2, zero=2), ["--optim.name", "adafactor", "--recompute", "blocks"]),
     (Plan(2, 2, 2, zero=1), ["--optim.name", "muon"]),
@@ -109,9 +119,9 @@ def test_a_run_under_a_plan_is_the_plain_run(ranks, folder, plan, more):
     """The same losses, checkpoints by the same names and shapes, and one set of files.
 
     Muon for fewer steps: it makes a gradient's smallest directions, which are rounding, as large
-    as the others, and the next gradients hang on them.
+    as the others, and the next gradients hang on them. AdamW does so to a Performer's keys.
     """
-    steps = 2 if "muon" in more else 6
+    steps = 2 if {"muon", "performer"} & set(more) else 6
     arguments = ["--steps", str(steps), *ADAMW, *more]
     train.begin_or_go_on([*TINY, "--name", "plain", *arguments], Group([0], "", Counter()))
     go(ranks, folder, plan, "--name", "many", *arguments)
@@ -202,6 +212,39 @@ def test_copies_that_differ_in_a_bit_are_found_by_all(ranks, plan, rank, name, s
     assert re.search(said, found[0]) if said else not found[0]
 
 
+class Pair:
+    """Two ranks as one of them sees them. What is sent is a copy of what was, as on a GPU."""
+
+    size, device = 2, torch.float64
+
+    def __init__(self, index: int, failing: set[int]):
+        self.index, self.failing = index, failing
+
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        x[1 - self.index] += 1 - self.index in self.failing
+        return x
+
+    def tell(self, text: str, source: int) -> str:
+        return f"rank {source} fails"
+
+
+@pytest.mark.parametrize("failing", [set(), {0}, {1}, {0, 1}])
+def test_all_agree_on_who_has_failed(failing):
+    """The first that has, though another one's own copy of the answers says nothing of it."""
+    for index in range(2):
+
+        def function(index=index) -> str:
+            if index in failing:
+                raise UserError("as each says")
+            return "fine"
+
+        if not failing:
+            assert agree(Pair(index, failing), function) == "fine"
+            continue
+        with pytest.raises(UserError, match=f"rank {min(failing)} fails"):
+            agree(Pair(index, failing), function)
+
+
 def other_settings(folder: Path) -> str:
     os.environ["RANK"] = str(dist.get_rank())
     seed = "5" if dist.get_rank() == 3 else "0"
@@ -242,6 +285,32 @@ def test_a_plan_that_does_not_fit_is_told_with_the_nearest_that_does(
         return check_fits(config, torch.device("cpu"))
     with pytest.raises(UserError, match=said):
         check_fits(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("how, recompute", [
+    (Adapter("prompt"), "none"), (Adapter("lora", dropout=0.1), "blocks"),
+])  # fmt: skip
+def test_what_is_recommended_can_be(monkeypatch, how, recompute):
+    """With the adapter and all else that the run has."""
+    model = ModelConfig(dim=256, heads=8, layers=8, context=16, vocab_size=257)
+    config = Train(model=model, plan=Plan(4), batch=4, device="cpu", adapter=how, base="base",
+                   recompute=recompute)  # fmt: skip
+    need = least_bytes(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        monkeypatch.setattr(parallel_training, "device_memory", lambda _, n=share * need: n)
+        with pytest.raises(UserError) as error:
+            check_fits(config, torch.device("cpu"))
+        if found := re.findall(r"--plan\.(\w+) (\d+)", str(error.value)):
+            plan = Plan(**{name: int(n) for name, n in found})
+            check(replace(config, plan=plan).model, plan, how)
+        else:
+            assert "none for as many processes does" in str(error.value)
+
+
+def test_only_the_first_rank_builds_the_whole_model():
+    it = SimpleNamespace(skeleton=lambda: (torch.nn.Linear(1, 1), {}), whole=lambda *_: {})
+    assert ParallelTraining.whole_model(it) is None
 
 
 def test_a_plan_s_file_is_taken_and_changed_by_other_flags(folder):

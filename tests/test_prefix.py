@@ -210,6 +210,9 @@ def test_first_tokens_are_ordinary_ones_or_those_of_a_text():
     ids = words.encode("the cat sat")
     assert first_ids(how, words, 0) == (ids * 30)[:30]
     assert first_ids(Adapter("prefix", start="random"), words, 0) == []
+    pieces = KINDS["wordpiece"].train(["the cat sat on the mat. " * 40], 300)
+    with pytest.raises(UserError, match=r"--adapter\.text ' ' has no token"):
+        first_ids(Adapter("prefix", start="text", text=" "), pieces, 0)
 
 
 # --- many processes -------------------------------------------------------------------------------

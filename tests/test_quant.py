@@ -2,7 +2,8 @@
 
 import copy
 import json
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,17 @@ from torch import nn
 import quant
 import writer
 from adapters import adapt
-from calibrate import CALIBRATED, METHODS, Inputs, Method, in_order, inputs_of, quantize
+from attention import ATTENTIONS
+from calibrate import (
+    CALIBRATED,
+    METHODS,
+    READ_BY,
+    Inputs,
+    Method,
+    in_order,
+    inputs_of,
+    quantize,
+)
 from calibrate import run_hooked as hooked
 from gptq import gptq, round_to_nearest
 from lora import Adapter, adapted, exchange, linears
@@ -48,7 +59,9 @@ def drawn(config, seed=0):
 
 
 def how_for(name, **more):
-    return Method(name, group=0, **more)
+    """Whole rows; of more what the method looks at."""
+    more = {"group": 0} | more
+    return Method(name, **{key: x for key, x in more.items() if name in READ_BY[key]})
 
 
 # --- every architecture ---------------------------------------------------------------------------
@@ -240,6 +253,22 @@ def test_what_cannot_be_quantized_is_told():
     for more in ({"bits": 1}, {"bits": 9}, {"group": -1}):
         with pytest.raises(UserError, match="a code has 2 to 8 bits"):
             Method("rtn", **more)
+    for damping in (-0.1, 2.0, math.nan):
+        with pytest.raises(UserError, match=r"--damping .* must be from 0 to 1"):
+            Method("gptq", damping=damping)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_that_a_method_does_not_look_at_are_refused(name):
+    others = {"bits": 3, "group": 32, "symmetric": True, "act_order": True, "dynamic": True,
+              "damping": 0.1}  # fmt: skip
+    assert others.keys() == READ_BY.keys() == {f.name for f in fields(Method)} - {"method"}
+    for key, value in others.items():
+        if name in READ_BY[key]:
+            assert getattr(Method(name, **{key: value}), key) == value
+        else:
+            with pytest.raises(UserError, match=f"{name} has no --{key.replace('_', '-')}"):
+                Method(name, **{key: value})
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -262,16 +291,15 @@ def said(name):
         return model.logits(model(torch.arange(12)[None]))
 
 
-WAYS = [["--method", name, "--bits", "3", "--group", "16"] for name in METHODS]
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way[1])
-def test_a_quantized_run_is_a_run(base, way):
+@pytest.mark.parametrize("name", METHODS)
+def test_a_quantized_run_is_a_run(base, name):
     """Saved, loaded to the bit, generated from; small; twice the same."""
-    status, _, err = run("quant.py", *SAVE, *way)
+    how = how_for(name, bits=3, group=16)
+    flags = ["--method", name, "--bits", str(how.bits), "--group", str(how.group)]
+    status, _, err = run("quant.py", *SAVE, *flags)
     assert status == 0, err
     it = quant.subject(quant.OfRun("base", device="cpu"))
-    quantize(it.writer.model, Method(way[1], 3, 16), it.batches)
+    quantize(it.writer.model, how, it.batches)
     with torch.no_grad():
         want = it.writer.model.logits(it.writer.model(torch.arange(12)[None]))
     assert torch.equal(said("small"), want) and not torch.equal(said("base"), want)
@@ -281,6 +309,20 @@ def test_a_quantized_run_is_a_run(base, way):
     assert len(tensors) == len(theirs) and len(kinds) == 14
     once, again = (run("generate.py", "--run", "small", "--samples", "1") for _ in range(2))
     assert once[0] == 0 and once == again
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_a_run_of_every_attention_says_what_its_weights_say(folder, kind):  # noqa: F811
+    """Loaded, and loaded again when it is quantized."""
+    assert run("train.py", *TRAIN, "--steps", "1", "--model.attention", kind)[0] == 0
+    model = Transformer(writer.model_of(Run.open("base")), seed=None)
+    model.load_state_dict(end_of("base")[1]["model"])
+    with torch.no_grad():
+        assert torch.equal(said("base"), model.logits(model(torch.arange(12)[None])))
+        status, _, err = run("quant.py", *SAVE, "--method", "rtn", "--group", "16")
+        assert status == 0, err
+        quantize(model, Method("rtn", group=16))
+        assert torch.equal(said("small"), model.logits(model(torch.arange(12)[None])))
 
 
 def test_fewer_texts_are_measured_by_their_own_bytes(folder):  # noqa: F811
@@ -336,6 +378,8 @@ def test_what_no_run_can_be_is_told(base):
         (["--run", "base", "--calibration", "0", "--method", "gptq"], "has 0 tokens"),
         (["--run", "base", "--calibration", "-1"], "--calibration -1 must be"),
         (["--run", "base", "--bits", "9"], "a code has 2 to 8 bits"),
+        (["--run", "base", "--method", "nf4", "--bits", "3"], "nf4 has no --bits"),
+        (["--run", "base", "--damping", "2"], "--damping 2.0 must be from 0 to 1"),
     ]:
         status, _, err = run("quant.py", "save", "--device", "cpu", *words)
         assert status == 2 and err.count("\n") == 1 and told in err, err
@@ -343,6 +387,22 @@ def test_what_no_run_can_be_is_told(base):
     Path("text/00.txt").write_text("another text, with other words in it")
     status, _, err = run("quant.py", *SAVE)
     assert status == 2 and "no longer" in err, err
+
+
+def test_what_is_saved_is_checked_before_a_model_is_loaded():
+    for more in ({"bits": 1}, {"group": -3}, {"calibration": -1}):
+        with pytest.raises(UserError):
+            quant.Save(**more)
+
+
+def test_the_ladder_may_be_climbed_from_any_rung(base):
+    words = ["ladder", "--run", "base", "--device", "cpu"]
+    status, _, err = run("quant.py", *words, "--rows", "int8", "fp32")
+    assert status == 0, err
+    for more, told in ((["--rows"], "--rows must name at least one"),
+                       (["--group", "-3"], "a group of weights")):  # fmt: skip
+        status, _, err = run("quant.py", *words, *more)
+        assert status == 2 and err.count("\n") == 1 and told in err, err
 
 
 def test_the_ladder_and_the_demo_show_a_table_and_a_picture(base):

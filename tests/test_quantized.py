@@ -1,5 +1,6 @@
 """Quantized linears: errors within their bounds, exact sums, the same bits from a file."""
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from helpers import CUDA, DEVICE, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from models import MODELS, SHAPES, Batch
+from models import MODELS, SHAPES, Batch, shaken
 from safetensors.torch import save_file
 from torch.nn import Parameter
 
 import run
 import split
 from adapters import adapt
+from attention import ATTENTIONS, Linear
 from grids import NF4
 from kernels.int4 import int4_linear_obvious, int4_linear_triton
 from kernels.int8 import int8_linear_obvious, outlier_columns, quantize_rows
@@ -34,7 +36,6 @@ from quantized import (
     int8_linear_on_cpu,
     packed,
     quantized,
-    unpacked,
 )
 from run import UserError
 from split import Cut, Place
@@ -276,6 +277,16 @@ def all_quantized(model, how):
     return model
 
 
+def unpacked(model):
+    """A plain model with the matrices that the codes stand for."""
+    model = copy.deepcopy(model)
+    for name, old in quantized(model).items():
+        new = Linear(*reversed(old.shape))
+        new.weight.data, new.bias = old.dense(), old.bias
+        exchange(model, name, new)
+    return model
+
+
 def kind_of(config):
     return next(kind for kind, known in SHAPES.items() if known == config)
 
@@ -299,7 +310,19 @@ def test_a_file_gives_back_every_bit(kind, how, tmp_path):
         )
     if isinstance(how, Packed):
         assert_close(batch.ours(unpacked(model)), batch.ours(model), 1e-5)
-    assert not quantized(unpacked(model))
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_a_model_of_every_attention_is_assembled(kind, tmp_path):
+    """One that draws constants has them again, though it was built without memory."""
+    config = replace(SHAPES["llama"], attention=kind)
+    model = shaken(Transformer(config), 0)
+    for name, linear in linears(model).items():
+        exchange(model, name, some(linear.dense(), Packed(), linear.bias))
+    tensors, kinds = packed(model)
+    save_file(tensors, path := tmp_path / "model.safetensors")
+    batch = Batch(config, 5)
+    assert torch.equal(batch.ours(assembled(config, path, kinds)), batch.ours(model))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -34,8 +34,15 @@ def test_bytes_are_the_formula_s(ranks, plan):
         assert len(said) == 3 + len(wrong.sent), said
 
 
+def test_a_feed_forward_s_usual_width_is_counted():
+    config = replace(MODEL, ffn_dim=0)
+    assert sizes(config, Plan(), (0, 0, 0)) == sizes(
+        replace(config, ffn_dim=config.ffn_width), Plan(), (0, 0, 0)
+    )
+
+
 def test_all_ranks_together_hold_the_model():
-    """C (V + 2) + L (4 C² + 3 C F + 8 C + 2 F) numbers, and what tensor ranks hold as copies."""
+    """C (V + 2) + L (4 C² + 3 C F + 9 C + 2 F) numbers, and what tensor ranks hold as copies."""
     C, F = MODEL.dim, MODEL.ffn_dim
     whole = C * (MODEL.vocab_size + 2) + MODEL.layers * (4 * C * C + 3 * C * F + 9 * C + 2 * F)
     assert sum(sizes(MODEL, Plan(), (0, 0, 0)).all) == whole
