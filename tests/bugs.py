@@ -88,6 +88,7 @@ def planted(it: Planted, limit: float = LIMIT) -> subprocess.CompletedProcess:
         file.write_text(file.read_text(encoding="utf-8").replace(it.old, it.new), encoding="utf-8")
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
+             "-m", "not slow",
              *(f"tests/{test}" for test in it.tests)],
             cwd=copy, capture_output=True, text=True, timeout=limit,
             env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},

@@ -1,7 +1,7 @@
 """Profiles of Hypothesis, and what all tests share.
 
 The default draws the same few examples each time; `HYPOTHESIS_PROFILE=thorough pytest` draws many
-new ones.
+new ones. What takes minutes is `long`: of some tests' cases the short run takes a part.
 """
 
 import os
@@ -36,6 +36,51 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=300, deadline=None, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+# Which cases of the tests that take longest the short run takes; `pytest -m long` takes the others.
+SHORT = {
+    "test_repo.py::test_commands_run": slice(0),  # they need each other
+    "test_tour.py::test_the_tour_goes_on_where_it_was_stopped_and_ends_with_its_page": slice(0),
+    "test_compile.py::test_compiles_without_spills": slice(0, None, 6),
+    "test_train.py::test_ctrl_c_saves_and_says_how_to_go_on": slice(1),
+    "test_train.py::test_every_objective_is_learnt_and_its_run_writes": slice(0, None, 4),
+    "test_parallel_training.py::test_a_run_under_a_plan_is_the_plain_run": slice(0, None, 4),
+    "test_parallel_training.py::test_saved_under_one_plan_resumed_under_another": slice(1),
+    "test_parallel.py::test_exact_plans_end_in_the_same_bits": slice(1, 2),
+    "test_parallel.py::test_every_architecture": slice(0, None, 4),
+    "test_zero.py::test_exact_plans_end_in_the_same_bits": slice(1),
+    "test_zero.py::test_several_micro_batches_that_do_not_share_out_evenly": slice(0, None, 4),
+    "test_zero.py::test_optimizers_that_look_at_whole_matrices": slice(0, None, 4),
+    "test_zero.py::test_zero_computes_what_one_process_computes": slice(0, None, 3),
+    "test_zero.py::test_every_architecture": slice(0, None, 3),
+    "test_traffic.py::test_bytes_are_the_formula_s": slice(0, None, 4),
+    "test_kernel_flash.py::test_every_extra_for_each_head_or_for_all": slice(0, None, 5),
+    "test_kernel_flash.py::test_every_kind_of_interval_at_full_length": slice(0, None, 3),
+    "test_kernel_norm.py::test_triton_is_as_good_as_torch": slice(0, None, 3),
+    "test_quant.py::test_every_linear_of_every_architecture_is_quantized": slice(0, None, 5),
+    "test_quant.py::test_a_quantized_run_is_a_run": slice(0, None, 5),
+    "test_frontier.py::test_with_the_kl_in_the_reward_they_end_at_the_optimum": slice(0, None, 4),
+    "test_lora_runs.py::test_so_does_one_with_a_prefix_or_a_prompt": slice(1),
+    "test_lora_runs.py::test_every_stage_improves_an_adapter": slice(0, None, 3),
+    "test_lora.py::test_any_plan_computes_what_one_process_computes": slice(0, None, 4),
+    "test_prefix.py::test_any_plan_computes_what_one_process_computes": slice(0, None, 4),
+    "test_judge.py::test_a_reward_model_is_fitted_kept_and_read_again": slice(0, None, 4),
+    "test_improve.py::test_processes_change_nothing": slice(0, None, 4),
+    "test_improve.py::test_the_reward_rises": slice(0, None, 2),
+    "test_dry_run.py::test_the_peak_is_that_of_a_run": slice(0, None, 3),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    cases = {}
+    for item in (one for one in items if not one.get_closest_marker("slow")):
+        cases.setdefault(item.nodeid.split("[")[0].removeprefix("tests/"), []).append(item)
+    for name, short in SHORT.items():
+        some = cases.get(name, [])
+        for item in set(some) - set(some[short]):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True)
