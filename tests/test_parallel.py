@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from certificate import (
     LAWS,
@@ -23,7 +24,7 @@ from certificate import (
     same_bits,
     together,
 )
-from data_parallel import Buckets
+from data_parallel import Buckets, in_buckets
 from mesh import Mesh, Plan, tree
 from parallel import Part, check, own_share, trained
 from run import UserError
@@ -78,6 +79,28 @@ def test_twenty_steps(ranks, plan):
 @pytest.mark.parametrize("bucket", [0, 0.01])
 def test_gradients_may_be_sent_one_by_one_or_in_many_buckets(ranks, bucket):
     assert_same(ranks, MODEL, Plan(4, 1, 2, bucket=bucket), 2)
+
+
+def test_a_bucket_holds_as_much_as_it_may_the_last_first():
+    first, *others = (torch.nn.Parameter(torch.zeros(1)) for _ in range(5))  # 4 bytes each
+    b, c, d, e = others
+    found = [[id(p) for p in some] for some in in_buckets([first, *others], 8)]
+    assert found == [[id(e), id(d)], [id(c), id(b)], [id(first)]]
+    assert len(in_buckets([first, *others], 0)) == 5 and in_buckets([], 8) == []
+
+
+def groups_now():
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def test_groups_of_earlier_calls_are_given_up(ranks):
+    """gloo's threads for hundreds of groups had left no processor time for anything else."""
+    ranks.run(left_open)
+    assert set(ranks.run(groups_now)) == {1}
+
+
+def left_open():
+    Mesh(2, 2, 2)
 
 
 def test_tokens_are_divided_within_a_pipeline(ranks):

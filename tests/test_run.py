@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import run
-from pictures import plot_loss, smooth
+from pictures import plot_loss, shade_of, smooth
 from run import (
     KEEP,
     Run,
@@ -916,3 +916,11 @@ def test_metrics_are_one_json_object_a_line():
     mine.measure(step=2, text="two\nlines")
     lines = (mine.folder / "metrics.jsonl").read_text("utf-8").splitlines()
     assert list(map(json.loads, lines)) == mine.metrics() and len(lines) == 2
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+def test_the_last_block_is_the_darkest_and_all_are_colors(blocks):
+    shades = [shade_of(n, blocks) for n in range(blocks)]
+    assert shades == sorted(shades, reverse=True) and len({*shades}) == blocks
+    assert shades[-1] == pytest.approx((0.1, 0.25, 0.55))
+    assert all(0 <= x <= 1 for shade in shades for x in shade)

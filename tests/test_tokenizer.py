@@ -29,7 +29,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import pieces
 import processes
 from bench import own_source
-from bpe import BPE, count_pieces
+from bpe import BLOCK, BPE, count_pieces
 from merges import (
     apply_merges,
     apply_merges_to_long,
@@ -600,6 +600,21 @@ def test_a_stream_is_encoded_while_it_comes_in():
     assert not read
     next(ids)
     assert 0 < len(read) < 5000
+
+
+def test_little_of_a_stream_waits():
+    came, waits, gone = 0, [], 0
+
+    def words():
+        nonlocal came
+        for i in range(20_000):
+            came += len(word := f"word{i} ")
+            yield word
+
+    for id in TRAINED.encode_iterable(words()):
+        waits.append(came - gone)
+        gone += len(TRAINED.decode([id]))
+    assert gone == came > 10 * BLOCK and max(waits) < 2 * BLOCK
 
 
 def test_a_stream_without_a_place_to_cut_takes_linear_work(monkeypatch):
