@@ -489,6 +489,7 @@ LINE = '{"text": "fine"}\n'
 BROKEN = {  # name -> (content, what the sentence says)
     "picture.csv": ("a,b", "text files end in .txt, .md, .py, .jsonl"),
     "binary.txt": (b"some \0 byte", "binary, not text: there is a zero byte at 5"),
+    "first.txt": (b"\0some bytes", "binary, not text: there is a zero byte at 0"),
     "binary.txt.gz": (b"some \0 byte", "binary"),
     "utf16.txt": ("text".encode("utf-16"), "binary"),
     "latin.md": ("caf\xe9 ".encode("latin-1"), "not UTF-8 text: byte 0xe9 at 3"),
