@@ -21,6 +21,7 @@ K key-value heads · D head width · P positions already in the cache.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from kernels.attention import Mask, attend
 from kernels.decode import decode
 from kernels.norm import rmsnorm
-from performer import Performer, whole_documents
+from performer import Performer, Running, whole_documents
 from positions import Rotation, Shaw
 from sparse import PATTERNS
 
@@ -182,7 +183,11 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def heads(self, linear: Linear, x: Tensor) -> Tensor:
-        """x (B T C) projected to (B T heads D), of unit length if that is wished."""
+        """x (B T C) projected to (B T heads D), of mean square 1 if that is wished.
+
+        That is length √D, without the weights that Qwen3's files have there; Henry et al. have
+        length 1 and learn how large scores are.
+        """
         x = linear(x).unflatten(-1, (-1, self.head_dim))
         if self.qk_norm and linear is not self.value:
             x = rmsnorm(x, x.new_ones(self.head_dim), UNIT_EPS)
@@ -197,7 +202,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """x (B T C) looks at the past and itself; the result (B T C), and its own new k, v.
 
-        The past is a `KeyValue`, or whatever else takes k and v by `append` and gives all of them.
+        The past is a `KeyValue`, whatever else takes k and v by `append` and gives all of them, or
+        a Performer's running sums.
         """
         q, k, v = (self.heads(f, x) for f in (self.query, self.key, self.value))  # B T H D
         if rotation is not None:
@@ -208,14 +214,16 @@ class Attention(nn.Module):
             k, v = past.append(k, v)
         if self.prefix is not None:
             k, v = self.prefix.before(k, v)
-        return self.look(q, k, v, mask), new
+        return self.look(q, k, v, mask, past), new
 
     def look_at(self, x: Tensor, memory: KeyValue, mask: Mask) -> Tensor:
         """x (B T C) looks at what another stack offers: cross attention."""
         return self.look(self.heads(self.query, x).transpose(1, 2), *memory, mask)
 
-    def look(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    def look(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, past: object = None) -> Tensor:
         if self.relative is not None:
             mask = self.relative(q, mask, k.shape[2], self.scale)
-        out = self.attend(q, k, v, mask, self.scale)
+        sums = isinstance(past, Running)
+        attend = partial(past.attend, self.attend) if sums else self.attend
+        out = attend(q, k, v, mask, self.scale)
         return self.output(out.transpose(1, 2).flatten(2))

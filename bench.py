@@ -82,6 +82,8 @@ class Bench:
     def __post_init__(self):
         if min(self.rounds, self.batch, self.megabytes, self.texts, self.tokens) < 1:
             raise UserError("all numbers of a bench must be at least 1")
+        if not self.model.vocab_size:
+            raise UserError("without a tokenizer, --model.vocab-size must be at least 1")
         for name, known in PLAIN.items():
             if (value := getattr(self.model, name)) not in known:
                 have = " or ".join(map(str, known))

@@ -108,6 +108,10 @@ class Fitted:
     runs: tuple[str, ...] = ("small-*",)  # names, * for anything
     budget: float = 1e13  # operations, for which the best size is asked
 
+    def __post_init__(self):
+        if not 1e6 <= self.budget <= 1e30:
+            raise UserError("--budget must be from 1e6 to 1e30 operations")
+
 
 @dataclass(frozen=True)
 class Told:
@@ -138,6 +142,8 @@ def grid(config: Grid) -> None:
     if config.path:
         files_of(config.path)  # before any run
     runs, failed = config.runs(), []
+    for name in runs:
+        check_text(name, config.path)
     for name, words in tqdm(runs.items(), "runs", leave=False, disable=None):
         known = (RUNS / name / "config.json").is_file()
         if known and finished(Run.open(name)):
@@ -153,14 +159,25 @@ def grid(config: Grid) -> None:
     show(Fitted(tuple(runs), 10 * max(config.budgets)))
 
 
+def check_text(name: str, path: str) -> None:
+    """UserError if there is a run of this name that learnt from another text."""
+    if not (RUNS / name / "config.json").is_file():
+        return
+    data = stored(Run.open(name)).data
+    if (data.path, data.source, data.mix) != (path, "files", ()):
+        other = " ".join(data.mix) or data.path or data.source
+        text = "Python's own documentation" if other == "files" else other
+        raise UserError(f"{name} was trained on {text}: choose another --name")
+
+
 # --- reading runs ---------------------------------------------------------------------------------
 
 
 def read(names: Sequence[str]) -> tuple[list[Small], list[str], str]:
     """(runs that count, why others do not, the mark of their held-out documents).
 
-    UserError if nothing has such a name, or if they were measured on different documents. Their
-    tokenizers may differ: bits per byte do not ask which one.
+    UserError if nothing has such a name, if none counts, or if they were measured on different
+    documents. Their tokenizers may differ: bits per byte do not ask which one.
     """
     paths = sorted({p for name in names for p in RUNS.glob(f"{name}/config.json")})
     if not paths:
@@ -181,6 +198,8 @@ def read(names: Sequence[str]) -> tuple[list[Small], list[str], str]:
             marks[read_json(ends[-1] / "train_state.json").get("held_out", "")] = run.name
             losses = curve(found, config.steps)
             runs.append(Small(run.name, size(config.model), last["tokens"], losses))
+    if not runs:
+        raise UserError(f"none of these runs counts: {left[0]}")
     if len(marks) > 1:
         raise UserError(
             f"{' and '.join(marks.values())} were measured on different held-out documents, and "

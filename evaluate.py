@@ -11,9 +11,10 @@ interval that holds the truth in 95 of 100 cases.
     precision The same run with numbers of 32 and of 16 bits, and what loss scaling is for.
     compare   Two groups of runs of train.py: is one better, or is it luck?
 
-Run: python evaluate.py length             every kind of position, a minute or two
-     python evaluate.py depth              a hundred blocks, some minutes
-     python evaluate.py precision          half a minute
+Run: python evaluate.py length               every kind of position, a minute or two
+     python evaluate.py depth                a hundred blocks, some minutes
+     python evaluate.py precision            half a minute
+     python evaluate.py compare muon adamw   is the second better? of train.py --seeds
 
 Papers: Press et al. 2022, ALiBi (arXiv 2108.12409); Chen et al. 2023 (arXiv 2306.15595) and bloc97
 2023, RoPE stretched; Wang et al. 2022, DeepNorm (arXiv 2203.00555); Micikevicius et al. 2018, mixed
@@ -23,7 +24,7 @@ Letters: N windows · T tokens of a row · V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -62,6 +63,18 @@ class Recipe:
     def __post_init__(self):
         if min(self.steps, self.batch) < 1:
             raise UserError("--train.steps and --train.batch must be at least 1")
+
+
+def check_kinds(flag: str, kinds: Sequence[str], known: Iterable[str]) -> None:
+    if unknown := {*kinds} - {*known}:
+        raise UserError(f"{flag} {' '.join(sorted(unknown))}: there are {[*known]}")
+    if not kinds:
+        raise UserError(f"{flag} needs one or more of {[*known]}")
+
+
+def check_one_text(model: ModelConfig) -> None:
+    if model.arch == "encdec":
+        raise UserError("--model.arch must be decoder or encoder here: an encdec reads two texts")
 
 
 def learn(
@@ -160,8 +173,7 @@ class Length:
     windows: int = 64  # held-out texts of 8 T tokens, at most
 
     def __post_init__(self):
-        if unknown := {*self.positions} - {*POSITIONS}:
-            raise UserError(f"--positions {' '.join(sorted(unknown))}: there are {[*POSITIONS]}")
+        check_kinds("--positions", self.positions, POSITIONS)
         if min(self.seeds, self.windows) < 1 or self.seeds > len(STUDENT):
             raise UserError(f"--windows must be at least 1, --seeds from 1 to {len(STUDENT)}")
         if self.model.arch != "decoder":
@@ -307,8 +319,8 @@ class Deep:
     seed: int = 0  # of weights and order
 
     def __post_init__(self):
-        if unknown := {*self.orders} - {*ORDERS}:
-            raise UserError(f"--orders {' '.join(sorted(unknown))}: there are {[*ORDERS]}")
+        check_kinds("--orders", self.orders, ORDERS)
+        check_one_text(self.model)
 
 
 def of_depth(config: Deep) -> None:
@@ -366,6 +378,9 @@ class Precision:
     tokenizer: TokenizerConfig = TokenizerConfig("bytes")
     model: ModelConfig = ModelConfig(dim=64, layers=2, heads=4, context=64)
     seed: int = 0  # of weights and order
+
+    def __post_init__(self):
+        check_one_text(self.model)
 
 
 def of_precision(config: Precision) -> None:

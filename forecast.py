@@ -130,7 +130,7 @@ def forecast(runs: Sequence[Small], N: int, D: int, command: str, held_out: str)
         doubt = float(np.std(np.log([law(N, D) for law in f.resampled])))
         spread.append(max(SURE, math.hypot(doubt, max(noise, misfit(runs, i)))))
     errors = np.array([f.residuals for f in fits])
-    follows = np.corrcoef(errors)[-1].clip(0, 0.99)
+    follows = np.atleast_2d(np.corrcoef(errors))[-1].clip(0, 0.99)  # of one share it is a number
     return Forecast(
         command, N, D, held_out, tuple(r.name for r in runs), tuple(SHARES[known].tolist()),
         tuple(middle), tuple(spread), tuple(follows.tolist()),

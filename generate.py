@@ -41,6 +41,7 @@ import chat
 from attention import KeyValue, Mask
 from model import PRESETS, Transformer, count_parameters
 from objectives import MASK
+from performer import Running
 from run import UserError, first_run, generator, main
 from step import check_memory, pick_device, pick_dtype
 from vocabulary import Tokenizer
@@ -125,7 +126,7 @@ class Slot(NamedTuple):
 
 
 class Cache:
-    """Room for the keys and values of `capacity` tokens.
+    """Room for the keys and values of `capacity` tokens, or for a Performer's sums.
 
     On a GPU layers always see all of it, and the mask hides what is not yet written (which costs
     nothing: the kernels skip it). No shape then depends on how long the text already is, and the
@@ -133,15 +134,21 @@ class Cache:
     """
 
     def __init__(self, model: Transformer, B: int, capacity: int):
-        config, like = model.config, model.embedding
-        shape = (config.layers, 2, B, config.kv_heads_or_heads, capacity, config.head_dim)
-        check_memory(prod(shape) * like.element_size(), like.device)
-        self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.whole = like.is_cuda
+        c, like = model.config, model.embedding
+        self.sums, self.capacity, self.whole = c.attention == "performer", capacity, like.is_cuda
+        shape = (2, B, c.kv_heads_or_heads, capacity, c.head_dim)
+        dtype = like.dtype
+        if self.sums:
+            shape = (B, c.kv_heads_or_heads, c.features, c.head_dim + 2)
+            dtype = torch.promote_types(dtype, torch.float32)
+        check_memory(c.layers * prod(shape) * dtype.itemsize, like.device)
+        self.buffer = torch.zeros((c.layers, *shape), dtype=dtype, device=like.device)
 
-    def past(self, place: Tensor) -> list[Slot]:
+    def past(self, place: Tensor) -> list[Slot | Running]:
         """For each layer the past of tokens that come to stand at place (T), in order."""
-        shown = self.buffer.shape[-2] if self.whole else int(place[-1]) + 1
+        shown = self.capacity if self.whole else int(place[-1]) + 1
+        if self.sums:
+            return [Running(state, place, shown) for state in self.buffer]
         return [Slot(k, v, place, shown) for k, v in self.buffer]
 
 
@@ -192,12 +199,15 @@ def next_logits(
 # --- writing --------------------------------------------------------------------------------------
 
 
-def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def recorded(step: Callable[[], Tensor], cache: Cache) -> Callable[[], Tensor]:
     """The same step as a CUDA graph: Python and the launches of its kernels are paid for once.
 
     All that it reads and writes stays where it is in memory, its result too.
     """
+    before = cache.buffer.clone() if cache.sums else None
     step()  # compiles and tunes the kernels, which cannot be done while recording
+    if cache.sums:  # or they would hold its token twice
+        cache.buffer.copy_(before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
@@ -259,7 +269,7 @@ def tokens_on_device(
         ids.copy_(token[:, None])
         place += 1
         if i == 0 and ids.is_cuda:
-            step = recorded(step)
+            step = recorded(step, cache)
         logits = step()
 
 

@@ -123,8 +123,11 @@ def fit(
     """The law of runs: x (n k) what each had of each quantity, losses (n). UserError if too few.
 
     floor: whether the law has an E; without, it is Kaplan's power. delta: Huber's, of log L.
-    Resampled are the residuals, made √(n / (n − numbers)) larger, since a fit follows its noise.
+    Resampled are the residuals, made √(n / (n − numbers)) larger, since a fit follows its noise:
+    each resample is what the law says of the runs, and some of them drawn for each.
     """
+    if not len(losses):
+        raise UserError("there is no run that a law could be fitted to")
     x, y = np.asarray(x, float).reshape(len(losses), -1), np.log(np.asarray(losses, float))
     n, k = x.shape
     if n < least(k, floor):
@@ -137,11 +140,11 @@ def fit(
     logs = np.log(x) - middle
     found = descend(starts(logs, y, floor), logs, y, delta, floor)
     best = found[np.argmin(objective(found, logs, y, delta))]
-    residuals = y - predict(best[None], logs)[0][0]
-    residuals = residuals * (n / (n - 2 * k - floor)) ** 0.5
+    made = predict(best[None], logs)[0][0]
+    residuals = (y - made) * (n / (n - 2 * k - floor)) ** 0.5
     drawn = np.random.default_rng(seed).choice(residuals - residuals.mean(), (resamples, n))
     again = descend(
-        np.tile(best, (resamples, 1)), logs, y - residuals + drawn, delta, floor, RESAMPLED_STEPS
+        np.tile(best, (resamples, 1)), logs, made + drawn, delta, floor, RESAMPLED_STEPS
     )
     law, *others = (as_law(theta, middle, floor) for theta in (best, *again))
     return Fit(law, others, residuals)

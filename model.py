@@ -14,8 +14,8 @@ Variants are entries of tables: NORMS, ORDERS and ACTIVATIONS here, POSITIONS in
 ATTENTIONS in attention.py. The head stands apart from the stream, so that a fused loss, a reward or
 a value head attach from outside: `model(ids)` gives hidden states, `model.head_weight` the matrix,
 `model.logits` their product. `Transformer.load` and `save` read and write the folders of Hugging
-Face's GPT-2, Llama, Mistral, Qwen3, BERT, T5 and BLOOM, as model_files.py has it. No other script
-is as long: a whole forward pass is read in one piece.
+Face's GPT-2, Llama, Mistral, Qwen3 (where its norms of queries and keys are all ones), BERT, T5 and
+BLOOM, as model_files.py has it. No other script is as long: a whole forward pass is in one piece.
 
 Run: python model.py                      every preset: its shape and its parameters, counted
 
@@ -45,7 +45,7 @@ from dropout import Drop
 from kernels.elementwise import gelu, gelu_tanh, swiglu
 from kernels.norm import add_layernorm, add_rmsnorm, layernorm, rmsnorm
 from model_files import Weights, read_folder, write_folder
-from optim import learnt
+from optim import TABLES, learnt
 from pictures import table
 from positions import POSITIONS, Rotation
 from presets import PUBLISHED
@@ -92,13 +92,13 @@ class ModelConfig:
     bias: bool = False  # biases in linears and norms
     tied: bool = True  # the head is the embedding
     scaled_head: bool = False  # what a head sees is divided by √dim (T5, where it is tied)
-    qk_norm: bool = True  # queries and keys of unit length
+    qk_norm: bool = True  # queries and keys of mean square 1, without learnt weights
     score_scale: float = 0.0  # of the scores; 0: 1/√head width (T5: 1)
     embed_norm: bool = False  # a norm behind the embeddings (BERT, BLOOM)
     segments: int = 0  # kinds of text in a row, each with an embedding (BERT: 2)
     buckets: int = 32  # t5: of distances, of which each has a bias
     reach: int = 128  # t5, relative: the distance from which on all is alike
-    rope_base: float = 10_000.0  # the slowest of RoPE's angles turns once in 2π·base positions
+    rope_base: float = 10_000.0  # RoPE's slowest angle turns once in 2π·base^(1−2/D) positions
     rope_interleaved: bool = False  # RoPE turns neighbouring channels, not those D/2 apart
     rope_scaling: Literal["none", "linear", "ntk", "llama3"] = "none"  # how RoPE reaches further
     rope_factor: float = 8.0  # linear, ntk, llama3: slow angles are divided by it
@@ -128,10 +128,9 @@ class ModelConfig:
                 f"--model.heads {self.heads} is not divisible by --model.kv-heads {self.kv_heads}"
             )
         if self.position == "rope" and self.head_dim % 2:
-            raise UserError(
-                f"RoPE turns pairs of channels, so --model.dim {self.dim} / --model.heads "
-                f"{self.heads} = {self.head_dim} must be even"
-            )
+            made = f"--model.dim {self.dim} / --model.heads {self.heads} = {self.head_dim}"
+            width = f"--model.head-width {self.head_width}" if self.head_width else made
+            raise UserError(f"RoPE turns pairs of channels, so {width} must be even")
         if min(self.window, self.features) < 1 or min(self.global_blocks, self.random_blocks) < 0:
             raise UserError(
                 "--model.window and --model.features must be at least 1, --model.global-blocks "
@@ -289,7 +288,7 @@ class Depth(NamedTuple):
 
 
 def deepnorm(config: ModelConfig, encoder: bool) -> Depth:
-    """α and β by architecture (Wang et al. 2022, table 1), N blocks of an encoder, M of a decoder:
+    """α and β (Wang et al. 2022, figure 2b) for N blocks of an encoder, M of a decoder:
 
     encoder alone (2N)^¼, (8N)^−¼ · decoder alone (2M)^¼, (8M)^−¼ · both: the encoder
     0.81 (N⁴M)^1/16, 0.87 (N⁴M)^−1/16, the decoder (3M)^¼, (12M)^−¼. All are 1 in other orders.
@@ -436,20 +435,19 @@ class Transformer(Stack):
         return assembled(settings(ModelConfig, values, f"{folder}/config.json"), weights)
 
     def save(
-        self,
-        folder: str | Path,
-        end: int | None = None,
-        shard_bytes: int = 5_000_000_000,
-        heads: nn.Module | None = None,
-    ) -> None:
-        """Write such a folder, which transformers loads too; the token `end` ends a text.
+        self, folder: str | Path, end: int | list[int] | None = None,
+        shard_bytes: int = 5_000_000_000, heads: nn.Module | None = None, begin: int | None = None,
+    ) -> str:  # fmt: skip
+        """Write such a folder, and say of which class of transformers' it is.
 
-        The heads that stand beside a model, as heads.py loads them, are written with it.
+        A text begins with the token `begin` and ends with `end`, one or several. The heads that
+        stand beside a model, as heads.py loads them, are written with it.
         """
         c = self.config
         values = asdict(c) | {"kv_heads": c.kv_heads_or_heads, "ffn_dim": c.ffn_width}
         beside = heads.state_dict() if heads is not None else {}
-        write_folder(Path(folder), values, self.state_dict() | beside, end, shard_bytes)
+        tensors = self.state_dict() | beside
+        return write_folder(Path(folder), values, tensors, end, shard_bytes, begin)
 
     @property
     def head_weight(self) -> Tensor:
@@ -529,7 +527,6 @@ class Transformer(Stack):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-TABLES = ("embedding", "segment", "position.table", "relative.table")
 WRITERS = ("output.weight", "down.weight")  # write into the stream
 DEEP = (*WRITERS, "value.weight", "up.weight", "gate.weight")  # what DeepNorm's β scales
 
@@ -540,7 +537,7 @@ def initialize(model: Transformer, seed: int) -> None:
     Matrices: normal with variance 1/fan_in, so that each keeps the scale of what goes through. In
     the pre-norm order the two that write into the stream (attention output, feed-forward down)
     start at zero, so that the model starts as the identity; DeepNorm multiplies some by β. Norms
-    start at 1, biases at 0.
+    start at 1, biases at 0, and so does a head that is not the embedding: all tokens as likely.
     """
     for name, p in model.named_parameters():
         if p.dim() > 1:

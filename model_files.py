@@ -38,6 +38,7 @@ from run import UserError, plain, read_json, sync, write_json
 
 LARGEST_JSON = 1 << 26  # bytes; a config has a thousand, an index of 100,000 tensors ten million
 DTYPES = ("F32", "F16", "BF16")  # fp32 holds their numbers without loss
+Ids = int | list[int] | None  # of tokens, as config.json has them
 
 # --- config.json ----------------------------------------------------------------------------------
 
@@ -100,7 +101,9 @@ def misfits(family: Family, settings: dict[str, Any]) -> list[tuple[str, list]]:
     return [(name, values) for name, values in known.items() if settings[name] not in values]
 
 
-def write_settings(settings: dict[str, Any], end: int | None) -> tuple[Family, dict[str, Any]]:
+def write_settings(
+    settings: dict[str, Any], end: Ids, begin: int | None = None
+) -> tuple[Family, dict[str, Any]]:
     """The family that fits and its config.json; UserError where none has all that is needed."""
     s = settings | {"head_width": settings["head_width"] or settings["dim"] // settings["heads"]}
 
@@ -119,8 +122,11 @@ def write_settings(settings: dict[str, Any], end: int | None) -> tuple[Family, d
     hf = {theirs: spelt[ours] for ours, (theirs, _) in family.settings.items()}
     for part in family.parts:
         hf |= part.write(s)
-    ends = {"bos_token_id": end, "eos_token_id": end}  # null: none; silence: transformers' default
-    return family, {**family.written, "dtype": "float32", **hf, **ends}
+    # null: none; silence: transformers' default
+    ids = {"bos_token_id": begin, "eos_token_id": end}
+    if begin is not None and "decoder_start_token_id" in family.written:
+        ids["decoder_start_token_id"] = begin
+    return family, {**family.written, "dtype": "float32", **hf, **ids}
 
 
 def special_ids(folder: Path) -> list[set[int]]:
@@ -226,8 +232,12 @@ class Weights:
             ours = "embedding" if ours == "head" else ours
             own = torch.ones(x.shape) if ours == "1" else out.get(ours)
             if own is None or own.shape != x.shape or not own.equal(x.float()):
-                what = "all ones" if ours == "1" else f"the {ours}"
-                raise UserError(f"{path}: {name} is not {what}, as it should be")
+                if ours == "1":
+                    raise UserError(
+                        f"{path}: {name} is not all ones, and our models have no learnt norm of "
+                        "queries and keys"
+                    )
+                raise UserError(f"{path}: {name} is not the {ours}, as it should be")
         return out
 
     def has_own_head(self, shape: tuple[int, int]) -> bool:
@@ -310,17 +320,20 @@ def exported(
 
 
 def write_folder(
-    folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], end: int | None, most: int
-) -> None:
+    folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor], end: Ids, most: int,
+    begin: int | None = None,
+) -> str:  # fmt: skip
     """A folder that transformers loads, whole or not at all, with at most so many bytes a file.
 
-    The token `end`, if there is one, begins and ends a text.
+    Texts, and an encdec's answers, begin with the token `begin`, and end with `end`, one or several
+    of them. Returns transformers' class of the model.
     """
-    family, hf = write_settings(settings, end)
+    family, hf = write_settings(settings, end, begin)
     theirs, architecture = exported(family, settings, tensors)
     with new_folder(folder) as draft:
         write_json(draft / "config.json", {"architectures": [architecture], **hf})
         write_tensors(draft, theirs, most)
+    return architecture
 
 
 @contextmanager

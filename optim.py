@@ -42,6 +42,7 @@ RANGES = {  # of settings: beyond them weights are no numbers any more
     "final": (0, 1),
 }  # fmt: skip
 KINDS = ("muon", "adamw", "adam", "adafactor", "sgd")  # what `build` makes
+TABLES = ("embedding", "segment", "position.table", "relative.table")  # whose rows are looked up
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class OptimConfig:
     name: Literal[KINDS] = (
         "muon"  # what moves the matrices inside the blocks; muon leaves the rest to adamw
     )
-    lr: float = 0.01  # highest learning rate; updates of one size in all but sgd, which wants 0.1
+    lr: float = 0.01  # highest learning rate; sgd wants 0.1: its updates are as large as gradients
     weight_decay: float = 0.1  # decay of the matrices inside the blocks, per step and learning rate
     beta1: float = 0.9  # memory of the gradient
     beta2: float = 0.95  # memory of its square
@@ -211,7 +212,7 @@ def learnt(module: nn.Module) -> dict[str, Tensor]:
 
 def is_block_matrix(name: str, p: Tensor) -> bool:
     """A matrix that maps stream to stream: not an embedding, a position table or the head."""
-    return p.dim() == 2 and "layers." in name
+    return p.dim() == 2 and "layers." in name and not name.endswith(TABLES)
 
 
 def build(

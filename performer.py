@@ -47,10 +47,14 @@ def directions(features: int, D: int, stream: torch.Generator) -> Tensor:
     length that of an independent normal vector. Unbiased as independent ones are, but less spread
     out (theorem 2).
     """
+
+    def normal() -> Tensor:
+        return torch.randn(D, D, generator=stream, dtype=torch.float64, device="cpu")
+
     blocks = []
     for _ in range(0, features, D):
-        q, r = torch.linalg.qr(torch.randn(D, D, generator=stream, dtype=torch.float64))
-        lengths = torch.randn(D, D, generator=stream, dtype=torch.float64).norm(dim=1)
+        q, r = torch.linalg.qr(normal())
+        lengths = normal().norm(dim=1)
         blocks.append(lengths[:, None] * (q * r.diagonal().sign()).T)
     return torch.cat(blocks)[:features]
 
@@ -112,6 +116,13 @@ def recall(state: State, x: Tensor) -> Tensor:
     return (x - x.detach().amax(-1, keepdim=True)).exp() @ state.sums[:, :, None]
 
 
+def kept(state: State, own: Tensor) -> State:
+    """The state where `own` (B 1) is true, and that of no key elsewhere."""
+    other = ~own[:, None]
+    top = state.top.masked_fill(other, torch.finfo(state.top.dtype).min / 4)
+    return State(top, state.sums.masked_fill(other[..., None], 0))
+
+
 def with_one(v: Tensor, w: Tensor) -> Tensor:
     return torch.cat((v.to(w.dtype), w.new_ones(*v.shape[:3], 1)), -1)
 
@@ -140,12 +151,15 @@ def remember_part(w: Tensor, k: Tensor, v: Tensor, unseen: Tensor, *state: Tenso
     return remember(State(*state), a, with_one(v, w))
 
 
-def remember_all(w: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor) -> State:
-    """The state of the keys lo ≤ s ≤ hi, each (B 1)."""
+def remember_all(
+    w: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, state: State | None = None
+) -> State:
+    """A state, default that of no key, with the keys lo ≤ s ≤ hi, each (B 1)."""
+    state = state or nothing(k, w)
     if not k.shape[2]:
-        return nothing(k, w)
+        return state
     s = torch.arange(k.shape[2], device=k.device)
-    unseen, state = (s < lo) | (s > hi), nothing(k, w)
+    unseen = (s < lo) | (s > hi)
     for part in pieces(SEGMENT, (k, 2), (v, 2), (unseen, 1)):
         state = forget_features(remember_part, w, *part, *state)
     return State(*state)
@@ -155,14 +169,15 @@ def recall_part(w: Tensor, q: Tensor, *state: Tensor) -> Tensor:
     return divided(recall(State(*state), q @ w.T))
 
 
-def bidirectional(w: Tensor, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """Every query of q (B K G T D) looks at the keys lo ≤ s ≤ hi, each (B 1)."""
-    state = remember_all(w, k, v, lo, hi)
+def recall_all(w: Tensor, q: Tensor, state: State) -> Tensor:
+    """Every query of q (B K G T D) looks at the state."""
     parts = pieces(SEGMENT, (q, 3))
     return torch.cat([forget_features(recall_part, w, *part, *state) for part in parts], 3)
 
 
 # --- each query looks at its own past -------------------------------------------------------------
+
+Place = int | Tensor  # a Tensor (), where a GPU shall not be waited for
 
 
 def causal_chunk(
@@ -186,15 +201,13 @@ def causal_chunk(
     both = (pairs * (largest - most).exp()) @ ones[:, :, None]
     both = both + (before - most).exp() @ state.sums[:, :, None]
     last = start[:, -1:, None]  # (B 1 1) where the document begins that goes on
-    over = last >= t[0]  # with what the state holds
-    top, sums = state.top, state.sums.masked_fill(over[..., None], 0)
-    state = State(top.masked_fill(over, torch.finfo(x.dtype).min / 4), sums)
+    state = kept(state, last[..., 0] < t[0])
     left_out = (t < last)[..., None]  # B 1 N 1
     return divided(both), remember(state, a.masked_fill(left_out, -torch.inf), ones)
 
 
 def causal_part(
-    w: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, place: int, *state: Tensor
+    w: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, place: Place, *state: Tensor
 ) -> tuple[Tensor, ...]:
     """As `causal`, for a few tokens whose features may all exist at once."""
     x, a, ones = q @ w.T, key_exponents(k, w), with_one(v, w)
@@ -207,7 +220,7 @@ def causal_part(
 
 
 def causal(
-    w: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, place: int, state: State
+    w: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, place: Place, state: State
 ) -> tuple[Tensor, State]:
     """Token t of q (B K G T D) looks at the state, at itself and all before it in its document.
 
@@ -218,7 +231,7 @@ def causal(
     for part in pieces(SEGMENT, (q, 3), (k, 2), (v, 2), (starts, 1)):
         out, *state = forget_features(causal_part, w, *part, place, *state)
         outs.append(out)
-        place += SEGMENT
+        place = place + SEGMENT
     return torch.cat(outs, 3), State(*state)
 
 
@@ -235,6 +248,10 @@ def causal_fused(w: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> 
     phi_k = (key_exponents(k, w) - bound).exp()
     out, _ = linear_attention(phi_q, phi_k, v.to(w.dtype), starts.contiguous())
     return out.unflatten(1, q.shape[1:3])
+
+
+def fits_fused(w: Tensor, q: Tensor) -> bool:
+    return q.is_cuda and w.dtype == torch.float32 and len(w) <= WIDEST
 
 
 # --- a kind of attention --------------------------------------------------------------------------
@@ -270,31 +287,87 @@ class Performer(nn.Module):
     def __init__(self, config):
         super().__init__()
         drawn = directions(config.features, config.head_dim, generator(0, "performer"))
-        self.register_buffer("directions", drawn.float())  # M D, for all heads
+        self.register_buffer("directions", drawn.float(), persistent=False)  # M D, for all heads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         """q (B H T D) looks at k, v (B K S D); a mask from `whole_documents`, out (B H T D).
 
         Features are fp32 or wider. The error of a weight falls as 1/√M, and grows as exp(|x|²).
         """
-        if not mask.plain:
-            raise ValueError(
-                "performer: nothing can be added to scores that are never computed: choose a "
-                "--model.position that turns or adds to the tokens, as rope or sinusoidal"
-            )
-        T, w = q.shape[2], self.directions.to(torch.promote_types(q.dtype, torch.float32))
-        x, y = (part.to(w.dtype) * scale**0.5 for part in (q, k))
-        x = x.unflatten(1, (k.shape[1], -1))  # B K G T D
+        w, x, y = self.scaled(q, k, mask, scale)
+        T = q.shape[2]
         if mask.lo.shape[1] == 1:
-            out = bidirectional(w, x, y, v, mask.lo, mask.hi)
+            out = recall_all(w, x, remember_all(w, y, v, mask.lo, mask.hi))
         else:
             place = int(mask.hi[0, 0]) if k.shape[2] > T else 0  # a GPU is waited for with a past
             now = slice(place, place + T)
-            fused = q.is_cuda and not place and w.dtype == torch.float32 and len(w) <= WIDEST
-            if fused:
+            if not place and fits_fused(w, q):
                 out = causal_fused(w, x, y[:, :, now], v[:, :, now], mask.lo)
             else:
                 before = mask.lo[:, :1], torch.full_like(mask.lo[:, :1], place)
                 state = remember_all(w, y[:, :, :place], v[:, :, :place], *before)
                 out, _ = causal(w, x, y[:, :, now], v[:, :, now], mask.lo, place, state)
         return out.flatten(1, 2).to(q.dtype)
+
+    def go_on(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, state: State
+    ) -> tuple[Tensor, State]:
+        """As `forward` for tokens that stand behind those of a state, with their own k, v alone.
+
+        Returns the state with them, too. mask.at says where they stand; where a text begins there
+        or later, nothing of the state is its own, whatever that holds.
+        """
+        w, x, y = self.scaled(q, k, mask, scale)
+        T, place = q.shape[2], mask.at[0, 0]
+        if mask.lo.shape[1] < T:
+            own = kept(state, mask.lo < place)
+            state = remember_all(w, y, v, mask.lo - place, mask.hi - place, own)
+            out = recall_all(w, x, state)
+        elif T > 1 and fits_fused(w, q) and not place:
+            last = mask.lo[:, -1:], mask.hi[:, -1:]
+            out, state = causal_fused(w, x, y, v, mask.lo), remember_all(w, y, v, *last)
+        else:
+            out, state = causal(w, x, y, v, mask.lo, place, state)
+        return out.flatten(1, 2).to(q.dtype), state
+
+    def scaled(
+        self, q: Tensor, k: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Directions (M D), queries x (B K G T D), keys y (B K S D): weights are exp(x·y)."""
+        if not mask.plain:
+            raise ValueError(
+                "performer: nothing can be added to scores that are never computed: choose a "
+                "--model.position that turns or adds to the tokens, as rope or sinusoidal"
+            )
+        w = self.directions.to(torch.promote_types(q.dtype, torch.float32))
+        x, y = (part.to(w.dtype) * scale**0.5 for part in (q, k))
+        return w, x.unflatten(1, (k.shape[1], -1)), y
+
+
+class Running(NamedTuple):
+    """One layer's room in a cache, where T more tokens come to stand: the state of all before.
+
+    However long the text, it has M (D + 2) numbers for each key-value head.
+    """
+
+    state: Tensor  # B K M D+2: top, and behind it the sums
+    place: Tensor  # T
+    shown: int
+
+    def places(self, T: int) -> tuple[Tensor, int]:
+        """Where the tokens come to stand, and up to where others may."""
+        return self.place, self.shown
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """No earlier keys and values are there any more: `attend` meets their sums."""
+        return k, v
+
+    def attend(
+        self, layer: Performer, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
+    ) -> Tensor:
+        """What the layer makes of new tokens; the state then holds them, too."""
+        rooms = State(self.state[..., 0], self.state[..., 1:])
+        out, new = layer.go_on(q, k, v, mask, scale, rooms)
+        for room, x in zip(rooms, new, strict=True):
+            room.copy_(x)
+        return out

@@ -251,6 +251,8 @@ class Settings:
     def __post_init__(self):
         if min(self.batch, self.rounds) < 1:
             raise UserError("--batch and --rounds must each be at least 1")
+        if not self.model.vocab_size:
+            raise UserError("without a tokenizer, --model.vocab-size must be at least 1")
 
 
 COLORS = {"none": "#1f4e8c", "attention": "#b5892e", "blocks": "#c8442d"}

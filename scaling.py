@@ -182,12 +182,14 @@ def palm_flops(c: ModelConfig, T: int) -> int:
 def decode_flops(c: ModelConfig, S: int) -> int:
     """One more token of a text that has S with it: 2 for each weight it meets, 4·HD·S a look.
 
-    The keys and values of S source tokens, if there is an encoder, were computed before.
+    The keys and values of S source tokens, if there is an encoder, were computed before; a
+    Performer looks at its running sums, however long the text.
     """
     HD, (layers, looks, _) = c.heads * c.head_dim, stacks(c)[-1]
-    own = min(S, c.window) if c.attention == "sliding" else S
+    sums = c.attention == "performer"
+    own = min(S, c.window) if c.attention == "sliding" else 1 if sums else S
     more = 4 * HD * (own - 1) + (looks - 1) * 4 * HD * (c.dim + S)
-    return sum(forward_flops(replace(c, arch="decoder"), 1).values()) + layers * more
+    return sum(forward_flops(replace(c, arch="decoder"), 1, sums).values()) + layers * more
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -240,10 +242,15 @@ def activation_bytes(
 
 
 def cache_bytes(c: ModelConfig, S: int, bits: int = 16) -> float:
-    """Keys and values of S tokens: 2 L K D S, in an encdec those of S source tokens, too."""
+    """Keys and values of S tokens: 2 L K D S, in an encdec those of S source tokens, too.
+
+    A Performer's sums are L K M (D + 2) numbers of 32 bits.
+    """
     layers, looks, _ = stacks(c)[-1]
-    own = min(S, c.window) if c.attention == "sliding" else S
-    return 2 * layers * c.kv_heads_or_heads * c.head_dim * (own + (looks - 1) * S) * bits / 8
+    K, D, sums = c.kv_heads_or_heads, c.head_dim, c.attention == "performer"
+    own = min(S, c.window) if c.attention == "sliding" else 0 if sums else S
+    kept = 4 * layers * K * c.features * (D + 2) if sums else 0
+    return kept + 2 * layers * K * D * (own + (looks - 1) * S) * bits / 8
 
 
 # --- time and money -------------------------------------------------------------------------------

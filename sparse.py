@@ -51,10 +51,10 @@ def reach(config) -> int:
 
 
 def strided(i: Tensor, j: Tensor, config) -> Tensor:
-    """|i − j| ≤ l, or (i − j) mod l = 0: what is near, and every l-th block (Child et al., 4.2).
+    """|i − j| ≤ l, or (i − j) mod l = 0: what is near, and every l-th block (Child et al., 4.3).
 
     The paper's A(1) and A(2), with blocks for its tokens and l = reach; every head sees both ("a
-    merged head", section 5.2), so that heads can be split over processes. It costs the least where
+    merged head", section 5.1), so that heads can be split over processes. It costs the least where
     l is about √(T/block).
     """
     l = reach(config)
@@ -64,7 +64,7 @@ def strided(i: Tensor, j: Tensor, config) -> Tensor:
 def fixed(i: Tensor, j: Tensor, config) -> Tensor:
     """⌊i/l⌋ = ⌊j/l⌋, or j mod l ≥ l − c: its own span of l blocks, and the last c of each.
 
-    Child et al., section 4.2, merged as in `strided`; l = reach, c = global_blocks. The last blocks
+    Child et al., section 4.3, merged as in `strided`; l = reach, c = global_blocks. The last blocks
     of a span tell what stood in it.
     """
     l = reach(config)
@@ -184,7 +184,7 @@ def kinds(T: int, config: Settings) -> dict[str, Attend]:
     at, scale = torch.arange(T)[None], config.head_dim**-0.5
     mask = Mask(torch.zeros_like(at), at, at=at)
     window = replace(mask, lo=at - config.window + 1)
-    blocks = round((T / config.block) ** 0.5) * config.block
+    blocks = max(1, round((T / config.block) ** 0.5)) * config.block
     strides = PATTERNS["strided"](mask, T, replace(config, window=blocks))
     performer = Performer(config)
     return {
@@ -249,7 +249,8 @@ def show(costs: dict[tuple[str, int], Cost]) -> None:
         seconds, size = costs[name, T]
         more = costs.get((name, twice), (0, 0))[0] / seconds
         more = f", × {more:.2f} at {twice:,}" if more else ""
-        print(f"{name:>14}  time {seconds / most_time:.3f}{more}, memory {size / most_memory:.3f}")
+        share = f", memory {size / most_memory:.3f}" if most_memory > 0 else ""  # else unknown
+        print(f"{name:>14}  time {seconds / most_time:.3f}{more}{share}")
 
 
 def draw(costs: dict[tuple[str, int], Cost], config: Settings, path: Path) -> None:

@@ -18,6 +18,7 @@ Papers: Radford et al. 2019, GPT-2; Hoffmann et al. 2022 (arXiv 2203.15556) on h
 """
 
 import math
+import re
 import shlex
 import signal
 import sys
@@ -148,6 +149,8 @@ def introduction(
     train, held, rows = meta["train"], meta["held"], training.ramp.seen(config.steps)
     tokens, flops, width = rows * training.width, training.flops, training.width
     device = training.device
+    plain = training.plain and m.position != "relative"  # Shaw's table meets each query, too
+    formula = "6 W + 12 L H D T, W what multiplies," if plain else "forward and backward"
     path = "in Triton" if device.type == "cuda" else "in torch, attention in blocks"
     return (
         f"{shlex.join(['python', 'train.py', *sys.argv[1:]])}\n"
@@ -166,8 +169,8 @@ def introduction(
         + (f", at first {config.ramp_from} rows" if config.ramp_from else "")
         + f"; {config.steps:,} steps = {tokens / train['tokens']:.1f} epochs\n"
         f"task     {m.arch}, {config.objective}\n"
-        f"cost     {'6 N + 12 L C T' if training.plain else 'forward and backward'} = "
-        f"{flops / width / 1e6:.1f} MFLOP per token, {flops * rows:.2e} FLOP in all\n"
+        f"cost     {formula} = {flops / width / 1e6:.1f} MFLOP per token, "
+        f"{flops * rows:.2e} FLOP in all\n"
         f"machine  {machine(device)}; {config.dtype}; "
         f"a matrix product reaches {peak / 1e9:,.0f} GFLOP/s; kernels {path}\n"
         + (
@@ -376,7 +379,9 @@ def finish(training: Training, run: Run, seconds: float) -> None:
 
 
 def script() -> None:
-    world = join(int(value_of("--plan.timeout", sys.argv[1:]) or Plan.timeout))
+    said = value_of("--plan.timeout", sys.argv[1:])
+    # what is no such number, is refused where all flags are read
+    world = join(int(said) if re.fullmatch("[1-9][0-9]{0,6}", said) else Plan.timeout)
     with one_voice(world):
         begin_or_go_on(sys.argv[1:], world)
 

@@ -149,7 +149,8 @@ def load_folder(folder: Path, device: torch.device) -> Writer:
     """The model of a Hugging Face folder, such as GPT-2, T5 or BERT, with its tokenizer.
 
     What begins and what ends a text, config.json says, or else the tokenizer's end of text. BERT's
-    texts stand between [CLS] and [SEP], T5's before </s>.
+    texts stand between [CLS] and [SEP], T5's before </s>; an end that also begins texts, as in our
+    runs, closes none.
     """
     model = Transformer.load(folder).to(device).eval()
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
@@ -159,8 +160,9 @@ def load_folder(folder: Path, device: torch.device) -> Writer:
         case "decoder":
             return Writer(model, tokenizer, sorted(begin or end), stop or end)
         case "encdec":
-            answer = sorted(answer or begin or end)
-            return Writer(model, tokenizer, [], stop or end, sorted(stop or end), answer)
+            ends, answer = stop or end, sorted(answer or begin or end)
+            close = [] if begin & ends else sorted(ends)
+            return Writer(model, tokenizer, sorted(begin), ends, close, answer)
     around = ([tokenizer.special[t]] if t in tokenizer.special else [] for t in ("[CLS]", "[SEP]"))
     heads = load_heads(folder).to(device)
     if "masked" not in heads:
@@ -213,12 +215,13 @@ def script() -> None:
         save_adapter(writer.model, folder, run.config().get("base", ""))
         print(f"{folder}/ is the adapter of {run.folder}, for PeftModel.from_pretrained")
         return
-    ends = sorted(writer.stop - {writer.tokenizer.end_of_text}) or [writer.tokenizer.end_of_text]
-    plain(writer.model, config.force).save(folder, end=ends[0])
+    ends = sorted(writer.stop)
+    end, begin = ends if len(ends) > 1 else ends[0], writer.tokenizer.end_of_text
+    kind = plain(writer.model, config.force).save(folder, end=end, begin=begin)
     writer.tokenizer.save(folder / writer.tokenizer.file_name)
     if knows_roles(writer.tokenizer):
         keep_template(folder)
-    print(f"{run.folder} is now also {folder}/, for AutoModelForCausalLM.from_pretrained")
+    print(f"{run.folder} is now also {folder}/, for {kind}.from_pretrained")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ BUGS = {
             ("(C / 6) ** (alpha / (alpha + beta)) / G", "(C / 6) ** (alpha / (alpha + beta))"),
             ("rest = (1 - share) / 2", "rest = 1 - share"),
             ("return 2 * k + floor + 2", "return 2 * k + floor"),
-            ("residuals * (n / (n - 2 * k - floor)) ** 0.5", "residuals * 0.5"),
+            ("(y - made) * (n / (n - 2 * k - floor)) ** 0.5", "(y - made) * 0.5"),
             ("scale = np.exp(terms + alpha * middle)", "scale = np.exp(terms)"),
             ("-shares[..., 1:] * logs", "shares[..., 1:] * logs"),
             ("delta * (size - delta / 2)", "delta * size"),

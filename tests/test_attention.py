@@ -147,7 +147,7 @@ def test_tokens_of_a_prefix_see_each_other(T, prefixes):
 
 @given(seeds, st.sampled_from([0.0, 0.7]), st.booleans(), st.booleans(), st.integers(1, 6))
 def test_a_layer_is_the_paper(seed, scale, qk_norm, bias, T):
-    """Heads of their own projections, of unit length if that is wished, and the output's matrix."""
+    """Heads of their own projections, of mean square 1 if wished, and the output's matrix."""
     config = ModelConfig(
         dim=8, heads=2, vocab_size=1, score_scale=scale, qk_norm=qk_norm, bias=bias
     )

@@ -24,6 +24,7 @@ from evaluate import (
     MULTIPLES,
     Deep,
     Length,
+    Precision,
     Reach,
     Recipe,
     difference,
@@ -327,7 +328,11 @@ def test_depth_trains_each_order_and_tells_its_gradients(folder):
     (lambda: Length(seeds=21), "--seeds from 1 to 20"),
     (lambda: Length(windows=0), "--windows must be at least 1"),
     (lambda: Length(model=replace(SMALL, arch="encoder")), "--model.arch decoder"),
+    (lambda: Length(positions=()), "--positions needs one or more of"),
     (lambda: Deep(orders=("sandwich",)), "--orders sandwich: there are"),
+    (lambda: Deep(orders=()), "--orders needs one or more of"),
+    (lambda: Deep(model=replace(SMALL, arch="encdec")), "--model.arch must be decoder or encoder"),
+    (lambda: Precision(model=replace(SMALL, arch="encdec")), "--model.arch must be decoder or"),
     (lambda: Recipe(steps=0), "--train.steps and --train.batch must be at least 1"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(make, said):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_of_two_hundred_forecasts_four_in_five_hold():
         held += low <= LAW(400_000, 2_000_000) * math.exp(new) <= high
     print(f"{held} of 200 inside")
     assert held >= 150
+
+
+def test_runs_of_one_evaluation_or_one_budget_forecast_an_end():
+    it = told(small(0, 0.02, known=1))
+    assert it.shares == (1.0,) and it.follows == (0.99,)
+    runs = [Small(f"{n}", 1000 << n, 10**9 >> n, np.full(20, 3 - n * 0.01)) for n in range(7)]
+    assert misfit(runs, -1) == 0
 
 
 def test_a_law_that_is_wrong_beyond_its_runs_is_trusted_less():
@@ -292,6 +300,24 @@ def test_a_grid_of_no_text_begins_no_run(tmp_path, monkeypatch):
     assert budgets_of(words).data.path == "book.txt"
 
 
+def test_a_grid_takes_no_runs_of_another_text(tmp_path, monkeypatch):
+    """Nor begins or resumes any before that is seen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(budgets.subprocess, "run", None)
+    (tmp_path / "b.txt").write_text("b")
+    name = [*Grid().runs()][-1]
+    for data, text in [
+        (DataConfig(path="a.txt"), "a.txt"), (DataConfig(source="world"), "world"),
+        (DataConfig(mix=("a=a.txt", "b=b.txt")), "a=a.txt b=b.txt"),
+        (DataConfig(), "Python's own documentation"),
+    ]:  # fmt: skip
+        left_by(name, small()[-1], settings={"data": data}, last=20)
+        for path in ("", "b.txt") if data.path else ("b.txt",):
+            with pytest.raises(UserError, match=f"{name} was trained on {text}: choose another"):
+                budgets.grid(Grid(path=path))
+        shutil.rmtree(tmp_path / "runs")
+
+
 def budgets_of(words):
     from train import parse
 
@@ -333,6 +359,11 @@ def test_runs_that_say_nothing_are_left_out_and_named(tmp_path, monkeypatch):
         budgets.show(Fitted())
     with pytest.raises(UserError, match="no run in runs/ is named large"):
         budgets.judge(Judged())
+    left_by("large-cut", one, last=20)
+    for command in (lambda: budgets.show(Fitted(("large-*",))), lambda: budgets.judge(Judged()),
+                    lambda: budgets.tell(Told(("large-*",)))):  # fmt: skip
+        with pytest.raises(UserError, match="none of these runs counts: large-cut: has not come"):
+            command()
     left_by("small-other", one, mark="other", settings={"tokenizer": TokenizerConfig("bpe")})
     with pytest.raises(UserError, match="different held-out documents"):
         budgets.read(["small-*"])
@@ -374,6 +405,7 @@ def test_fit_forecast_and_judge_say_what_was_planted(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("bad", [
     lambda: Grid(widths=(17,)), lambda: Grid(widths=()), lambda: Grid(budgets=(0.0,)),
     lambda: Grid(budgets=()), lambda: Grid(least=0), lambda: Told(steps=0), lambda: Told(width=8),
+    lambda: Fitted(budget=-1.0), lambda: Fitted(budget=0.0), lambda: Fitted(budget=math.nan),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(bad):
     with pytest.raises(UserError):

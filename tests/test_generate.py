@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,10 +18,14 @@ from conftest import ROOT
 from helpers import array, assert_close, normals, seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from models import SHAPES, shaken
+from torch.utils.flop_counter import FlopCounterMode
 
+import chat
 from attention import prefix_mask
 from bpe import BPE
 from generate import (
+    Cache,
     Generate,
     Sampling,
     bench,
@@ -27,6 +33,8 @@ from generate import (
     distribution,
     draw,
     generate,
+    next_logits,
+    recorded,
     write,
 )
 from model import ModelConfig, Transformer
@@ -35,7 +43,7 @@ from tokenizer import KINDS
 from unigram import Unigram
 from vocabulary import END_OF_TEXT
 from wordpiece import WordPiece
-from writer import cast, load, load_folder, load_tokenizer, load_weights
+from writer import cast, load, load_folder, load_tokenizer, load_weights, script
 
 SMALL = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, context=12, vocab_size=11)
 
@@ -109,9 +117,12 @@ def test_samples_have_the_frequencies_of_the_distribution():
 # --- writing --------------------------------------------------------------------------------------
 
 
-@given(seeds, st.lists(st.integers(0, 10), min_size=1, max_size=6))
-def test_greedy_text_is_that_of_the_model_without_a_cache(seed, prompt):
-    model = random_model(seed)
+kinds = st.sampled_from(["full", "performer"])  # of caches: keys and values, or running sums
+
+
+@given(seeds, st.lists(st.integers(0, 10), min_size=1, max_size=6), kinds)
+def test_greedy_text_is_that_of_the_model_without_a_cache(seed, prompt, kind):
+    model = random_model(seed, attention=kind)
     text = list(prompt)
     for _ in range(5):
         text.append(int(model.logits(model(torch.tensor([text])))[0, -1].argmax()))
@@ -119,12 +130,13 @@ def test_greedy_text_is_that_of_the_model_without_a_cache(seed, prompt):
     assert columns(steps) == [text[len(prompt) :]]
 
 
-@given(
-    seeds, st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=5), min_size=1, max_size=4)
-)
-def test_a_prompt_does_not_notice_what_stands_beside_it(seed, prompts):
+prompts = st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+@given(seeds, prompts, kinds)
+def test_a_prompt_does_not_notice_what_stands_beside_it(seed, prompts, kind):
     """Prompts of different lengths in one batch give, greedily, what each gives alone."""
-    model, how = random_model(seed), Sampling(greedy=True)
+    model, how = random_model(seed, attention=kind), Sampling(greedy=True)
     together = columns(generate(model, prompts, 4, how, {3}, seed))
     alone = [columns(generate(model, [p], 4, how, {3}, seed))[0] for p in prompts]
     assert together == alone
@@ -140,6 +152,22 @@ def test_a_prompt_seen_whole_is_read_as_a_prefix(seed, prompt, whole):
     how = Sampling(greedy=True)
     steps = generate(model, [prompt], 5, how, set(), 0, whole=whole)
     assert columns(steps) == [text[len(prompt) :]]
+
+
+def cost_of_a_token(model, S, capacity):
+    """Multiplications of the token behind S others, and what its cache holds."""
+    cache, pads = Cache(model, 1, capacity), torch.zeros(1, dtype=torch.long)
+    next_logits(model, cache, torch.zeros(1, S, dtype=torch.long), torch.arange(S), pads)
+    with FlopCounterMode(display=False) as counter:
+        next_logits(model, cache, torch.zeros(1, 1, dtype=torch.long), torch.tensor([S]), pads)
+    return counter.get_total_flops(), cache.buffer.numel()
+
+
+def test_a_performer_s_token_costs_the_same_however_long_its_text_is():
+    few, many = (cost_of_a_token(random_model(attention="performer"), S, S + 9) for S in (3, 700))
+    assert few == many
+    few, many = (cost_of_a_token(random_model(), S, S + 9) for S in (3, 700))
+    assert few[0] < many[0] and few[1] < many[1]
 
 
 texts = st.lists(st.integers(0, 10), min_size=1, max_size=6)
@@ -224,12 +252,42 @@ def test_the_bench_says_how_fast_this_machine_writes(capsys):
         bench(Generate(bench="tiny", tokens=2), torch.device("cpu"), torch.float32)
 
 
+def test_a_performer_s_step_asks_no_tensor_for_its_numbers():
+    """So it can be recorded, and nothing waits for a GPU; on the meta device there are none."""
+    with torch.device("meta"):
+        model = Transformer(replace(SMALL, attention="performer"), seed=None).to("meta")
+        cache, ids = Cache(model, 2, 9), torch.zeros(2, 1, dtype=torch.long)
+        cache.whole = True
+        logits = next_logits(model, cache, ids, torch.arange(1), torch.zeros(2, dtype=torch.long))
+    assert logits.shape == (2, 11)
+
+
+def test_the_step_before_a_recording_counts_its_token_once(monkeypatch):
+    """A Performer's sums would hold it twice; what is recorded is not run."""
+    model = random_model(attention="performer")
+    cache, pads = Cache(model, 1, 9), torch.zeros(1, dtype=torch.long)
+    next_logits(model, cache, torch.tensor([[1, 2, 3]]), torch.arange(3), pads)
+    before = cache.buffer.clone()
+
+    @contextmanager
+    def recording(graph):
+        now = cache.buffer.clone()
+        yield
+        cache.buffer.copy_(now)
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", object)
+    monkeypatch.setattr("torch.cuda.graph", recording)
+    step = partial(next_logits, model, cache, torch.tensor([[4]]), torch.tensor([3]), pads)
+    recorded(step, cache)
+    assert torch.equal(cache.buffer, before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
-@given(seeds, st.booleans())
-def test_a_recorded_step_writes_what_a_step_writes(seed, greedy):
+@given(seeds, st.booleans(), kinds)
+def test_a_recorded_step_writes_what_a_step_writes(seed, greedy, kind):
     how, prompts = Sampling(greedy=greedy), [[1, 2], [3]]
-    model = Transformer(replace(SMALL, dim=64)).cuda()
-    with mock.patch("generate.recorded", lambda step: step):
+    model = Transformer(replace(SMALL, dim=64, attention=kind)).cuda()
+    with mock.patch("generate.recorded", lambda step, cache: step):
         plain = columns(generate(model, prompts, 9, how, set(), seed))
     assert plain == columns(generate(model, prompts, 9, how, set(), seed))
 
@@ -365,7 +423,7 @@ def test_weights_are_loaded_into_the_parameters_that_an_optimizer_knows(run):
 def folder_of(tmp_path, tokenizer, end, vocab_size=300):
     """A Llama with random weights, and rows of its embedding that stand for nothing."""
     model = random_model(qk_norm=False, vocab_size=vocab_size, context=40).float()
-    model.save(tmp_path / "model", end=end)
+    model.save(tmp_path / "model", end=end, begin=end)
     tokenizer.save(tmp_path / "model" / "tokenizer.json")
     return tmp_path / "model"
 
@@ -389,6 +447,37 @@ def test_a_folder_says_how_its_texts_begin(tmp_path, capsys, special, end, begin
     if not begins:
         with pytest.raises(UserError, match="--prompt must not be empty"):
             write(writer, Generate())
+
+
+@pytest.mark.parametrize("special", [[END_OF_TEXT], [END_OF_TEXT, chat.END]])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "t5"])
+def test_a_run_that_is_exported_begins_and_ends_as_it_did(run, monkeypatch, capsys, kind, special):
+    """And `transformers` goes on with a text, or answers it, as the run does."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = BPE.bytes(special)
+    model = shaken(Transformer(replace(SHAPES[kind], vocab_size=tokenizer.vocab_size)), 0)
+    run = Run.create("one", {"model": asdict(model.config)})
+    tokenizer.save(run.folder / "tokenizer.json")
+    run.save(1, model.state_dict(), {}, {"text": f"{tokenizer.fingerprint}-0"})
+    monkeypatch.setattr("sys.argv", ["writer.py", "--run", "one", "--out", "folder"])
+    script()
+    ours, again = load(run, CPU), load_folder(Path("folder"), CPU)
+    assert (ours.begin, ours.stop, [*ours.close]) == (again.begin, again.stop, [*again.close])
+    assert ours.stop == {*tokenizer.special.values()}
+    name = json.loads(Path("folder/config.json").read_text())["architectures"][0]
+    assert f"folder/, for {name}.from_pretrained" in capsys.readouterr().out
+    theirs = getattr(transformers, name).from_pretrained("folder")
+    ids = [*ours.begin, *tokenizer.encode("ab")]
+    start, sources = (list(ours.answer), [ids]) if kind == "t5" else (ids, None)
+    assert not sources or again.answer == ours.answer
+    for stop in ({}, {*ours.stop}):
+        ends = sorted(stop) or None
+        steps = generate(model, [start], 5, Sampling(greedy=True), stop, 0, sources=sources)
+        (want,) = columns(steps)
+        got = theirs.generate(
+            torch.tensor([ids]), max_new_tokens=5, do_sample=False, eos_token_id=ends
+        )
+        assert got[0, len(start) :].tolist() == want
 
 
 def test_a_folder_with_a_larger_tokenizer_is_refused(tmp_path):

@@ -147,6 +147,8 @@ def test_too_few_runs_are_refused_with_how_many_are_missing():
     assert least(2) == 7
     with pytest.raises(UserError, match="5 runs fit no law of 5 numbers: 2 more are needed"):
         fit(x[::7], losses[::7])
+    with pytest.raises(UserError, match="there is no run"):
+        fit([], [])
     with pytest.raises(UserError, match="three values of each"):
         fit(x[:12], losses[:12])
 
@@ -182,6 +184,17 @@ def test_resampled_laws_differ_as_laws_of_new_runs_do():
     fits = [fit(*grid(HOFFMANN, seed, 0.005), resamples=60, seed=seed) for seed in range(40)]
     within = np.mean([np.var([law.alpha[0] for law in f.resampled]) for f in fits])
     assert 0.6 < within / np.var([f.law.alpha[0] for f in fits]) < 1.6
+
+
+@pytest.mark.parametrize("wrong", [0.8, 1.2])
+def test_resampled_laws_lie_around_the_fit(wrong):
+    """Also where one run is wrong: it is so in some resamples, not the other way round in each."""
+    x = np.geomspace(1e3, 1e9, 6)
+    losses = (1e9 / x) ** 0.2
+    losses[0] *= wrong
+    found = fit(x, losses, floor=False, resamples=2000)
+    middle = np.mean([law.alpha[0] for law in found.resampled])
+    assert middle == pytest.approx(found.law.alpha[0], abs=5e-4)
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optim
+from model import ModelConfig, Transformer
 from optim import (
     KINDS,
     SCHEDULES,
@@ -143,6 +146,17 @@ def test_muon_s_update_has_the_size_of_adamw_s_and_spares_the_rest(seed, steps):
     train(build(twins.items(), adamw, None), twins, grads, 0.01)
     for name in ("embedding", "layers.0.norm.weight"):
         assert torch.equal(params[name], twins[name])
+
+
+def test_only_what_maps_the_stream_decays_and_goes_to_muon():
+    """No table of what tokens, places or distances are, Shaw's in each block included."""
+    shape = ModelConfig(layers=2, dim=16, heads=2, vocab_size=9, reach=40, segments=2, tied=False)
+    for position in get_args(get_type_hints(ModelConfig)["position"]):
+        model = Transformer(replace(shape, position=position))
+        for group in build(model.named_parameters(), OptimConfig()).param_groups:
+            for name in group["param_names"]:
+                linear = re.search(r"attention\.\w+\.weight|ffn\.\w+\.weight", name)
+                assert bool(linear) == group["inside"] == bool(group["weight_decay"]), name
 
 
 @given(seeds)

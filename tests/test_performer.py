@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ import performer as file
 from kernels.mask import Mask
 from performer import (
     Performer,
+    Running,
     causal,
     causal_fused,
     directions,
@@ -130,6 +132,29 @@ def test_a_text_can_go_on_from_its_state(seed, T, more):
     rest, state = causal(w, q[:, :, :, T:], k[:, :, T:], v[:, :, T:], starts[:, T:], T, state)
     assert_close(torch.cat((out, rest), 3), whole)
     assert_close(state.sums, end.sums)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@given(seeds, st.integers(2, 60), st.sampled_from(["causal", "padded"]))
+def test_so_it_can_where_only_the_sums_are_kept(whole, seed, T, form):
+    """In parts of any size, causal or each seen whole, texts with pads; what a cache held before
+    its first token does not matter."""
+    rng = np.random.default_rng(seed)
+    w, q, k, v = (x.detach() for x in normals(seed, (6, 3), (2, 4, T, 3), *[(2, 2, T, 3)] * 2))
+    mask, cuts = interval(form, rng, 2, T, 0), sorted({0, T, *rng.integers(1, T, 4).tolist()})
+    ends = torch.tensor([stop - 1 for start, stop in pairwise(cuts) for _ in range(start, stop)])
+    hi = ends.expand(2, T) if whole else mask.hi
+    want = performer_obvious(w, q, k, v, replace(mask, hi=hi), 0.5)
+    layer, state = Performer(SimpleNamespace(features=1, head_dim=1)), torch.full((2, 2, 6, 5), 3.0)
+    layer.directions, state = w, state.double()
+    for start, stop in pairwise(cuts):
+        rows = slice(start, stop)
+        part = Mask(mask.lo[:, rows], hi[:, rows], at=mask.at[:1, rows])
+        past = Running(state, mask.at[0, rows], stop)
+        shown = past.append(k[:, :, rows], v[:, :, rows])
+        seen = whole_documents(part, past.places(stop - start)[1], None)
+        out = past.attend(layer, q[:, :, rows], *shown, seen, 0.5)
+        assert_close(out, want[:, :, rows])
 
 
 @given(seeds, st.integers(1, 300), st.integers(1, 3), st.booleans())
@@ -270,10 +295,13 @@ def test_the_error_falls_as_one_over_the_square_root_of_the_features():
 
 
 def test_every_layer_and_process_draws_the_same_directions():
+    """A model that is built without memory, too; so no file needs to hold them."""
     config = SimpleNamespace(features=20, head_dim=8)
     one, other = Performer(config), Performer(config)
+    with torch.device("meta"):
+        third = Performer(config)
     assert torch.equal(one.directions, other.directions)
-    assert set(one.state_dict()) == {"directions"}
+    assert torch.equal(one.directions, third.directions) and not one.state_dict()
 
 
 # --- what it cannot do ----------------------------------------------------------------------------

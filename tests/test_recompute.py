@@ -12,9 +12,10 @@ from test_axes import BASE, name_of
 from test_axes import MODELS as PAIRS
 from test_model import random_ids, random_model
 
+from bench import Bench
 from generate import Sampling, generate
 from model import ModelConfig, Transformer
-from recompute import KINDS, LiveBytes, memory, random_batch, recompute
+from recompute import KINDS, LiveBytes, Settings, memory, random_batch, recompute
 from run import UserError
 from step import accumulate, loss_sum
 
@@ -189,6 +190,12 @@ def test_names_objects_and_files_stay(what):
     assert {type(part) for _, part in parts} & set(KINDS[what]) == set(KINDS[what])
     recompute(model, "none")
     assert [type(part) for _, part in parts] == [type(part) for part in plain.modules()]
+
+
+@pytest.mark.parametrize("kind", [Settings, Bench])
+def test_a_model_without_tokens_is_refused(kind):
+    with pytest.raises(UserError, match=r"--model.vocab-size must be at least 1"):
+        kind(model=replace(kind().model, vocab_size=0))
 
 
 @pytest.mark.parametrize("what", KINDS_OF_IT)

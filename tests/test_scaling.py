@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention
 import scaling
 from attention import ATTENTIONS, causal_mask, full_mask
+from generate import Cache, next_logits
 from heads import Pooler
 from kernels.attention import attend_obvious
 from kernels.mask import visible
@@ -198,6 +199,17 @@ def test_performer_s_features_cost_what_torch_counts(kv_heads, T, features, laye
     model, ids = Transformer(config, 0), torch.zeros((1, T), dtype=torch.long)
     _, got = counted(lambda: model.logits(model(ids)))
     assert got == sum(forward_flops(config, T, seen=True).values())
+
+
+def test_a_performer_s_token_costs_what_torch_counts():
+    """But for the token's look at itself, 2 H (D + 1), which is a pair of its own."""
+    config = ModelConfig(vocab_size=7, attention="performer", kv_heads=2, context=12)
+    model, ids = Transformer(config, 0), torch.zeros((1, 12), dtype=torch.long)
+    cache, pads, at = Cache(model, 1, 12), torch.zeros(1, dtype=torch.long), torch.arange(12)
+    next_logits(model, cache, ids[:, :11], at[:11], pads)
+    _, got = counted(lambda: next_logits(model, cache, ids[:, 11:], at[11:], pads))
+    itself = config.layers * 2 * config.heads * (config.head_dim + 1)
+    assert got == decode_flops(config, 12) + itself == decode_flops(config, 99) + itself
 
 
 @pytest.mark.parametrize("attention", [*SIMPLE["attention"], *PATTERNS])
@@ -448,7 +460,10 @@ def test_the_cache_is_as_large_as_counted(config, S):
     config = replace(config, context=12, window=12)
     model, ids = Transformer(config, 0), torch.zeros((1, S), dtype=torch.long)
     memory = model.encode(ids) if config.arch == "encdec" else None
-    kept = [*model.extend(ids, None, memory=memory)[1], *(memory or [])]
+    own = model.extend(ids, None, memory=memory)[1]
+    if config.attention == "performer":
+        own = [[Cache(model, 1, S).buffer]]
+    kept = [*own, *(memory or [])]
     assert sum(x.nbytes for kv in kept for x in kv) == cache_bytes(config, S, bits=32)
 
 

@@ -17,7 +17,7 @@ from kernels.attention import attend, attend_obvious
 from kernels.mask import Mask, visible
 from model import ModelConfig
 from run import UserError
-from sparse import COLORS, PATTERNS, Settings, bigbird, kinds, longformer, reach
+from sparse import COLORS, PATTERNS, Settings, bigbird, kinds, longformer, measure, reach, show
 
 size = st.integers(1, 4)
 names = st.sampled_from(sorted(PATTERNS))
@@ -262,6 +262,17 @@ def test_the_costs_are_those_of_the_kinds_that_they_are_said_to_be_of():
     assert {*out} == {*exact, "performer"} == {*COLORS}
     for name, mask in exact.items():
         assert_close(out[name], attend_obvious(q, k, v, mask, 8**-0.5))
+
+
+def test_a_text_shorter_than_a_block_has_costs_and_unknown_memory_is_left_out(monkeypatch, capsys):
+    """Outside Linux no memory is known."""
+    few = Settings(heads=1, head_dim=4, features=4, shortest=8, longest=16, rounds=1)
+    show(measure(few))
+    monkeypatch.setattr("sparse.resident", lambda what: 0)
+    capsys.readouterr()
+    show(measure(few))
+    *_, said = capsys.readouterr().out.splitlines()
+    assert said.strip().startswith("SDPA of torch  time") and "memory" not in said
 
 
 # --- what it cannot do ----------------------------------------------------------------------------

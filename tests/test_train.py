@@ -28,7 +28,7 @@ from models import shaken
 import writer
 from data import DataConfig, TokenizerConfig, prepare
 from guard import GuardConfig, Skip
-from model import PRESETS, ModelConfig
+from model import PRESETS, ModelConfig, Transformer
 from objectives import OBJECTIVES
 from optim import OptimConfig
 from run import Run, UserError, load_tensors, main
@@ -479,7 +479,13 @@ def test_a_run_leaves_everything_behind_that_it_was(folder):
         "config.json", "metrics.jsonl", "log.txt", "tokenizer.json", "checkpoints", "loss.png",
         "lock",
     }  # fmt: skip
-    assert json.loads((left / "config.json").read_text())["dtype"] == "float32"
+    config = json.loads((left / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    model = Transformer(ModelConfig(**config["model"]))
+    W = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)  # the head is tied
+    L, HD, T = (config["model"][name] for name in ("layers", "dim", "context"))
+    needed = (6 * W + 12 * L * HD * T) / 1e6
+    assert f"cost     6 W + 12 L H D T, W what multiplies, = {needed:.1f} MFLOP" in out
     assert (left / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert out.splitlines()[0].startswith("python train.py --model.dim 16")
     assert [p.name for p in Run.open("").checkpoints()] == ["step-000005", "step-000003"]
@@ -539,6 +545,8 @@ BAD = {
     "a rate that is no number": (["--optim.lr", "nan"], "--optim.lr nan must lie"),
     "a rate without end": (["--optim.lr", "1e300"], "--optim.lr 1e+300 must lie"),
     "a warm-up that is no number": (["--optim.warmup", "nan"], "--optim.warmup nan must lie"),
+    "patience that is no number": (["--plan.timeout", "abc"], "abc"),
+    "patience without end": (["--plan.timeout", "9" * 40], "must be from 1 second to a million"),
     "a name that looks like a flag": (["--name=-x"], "--name '-x' cannot be the name"),
     "an empty file": (["--data.path", "empty.txt"], "there is no text in empty.txt"),
     "a binary file": (["--data.path", "binary.txt"], "is binary"),
