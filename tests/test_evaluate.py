@@ -322,6 +322,10 @@ def test_depth_trains_each_order_and_tells_its_gradients(folder):
         ) in said
 
 
+def test_one_update_of_one_row_is_enough():
+    assert Recipe(steps=1, batch=1).steps == 1
+
+
 @pytest.mark.parametrize("make, said", [
     (lambda: Length(positions=("rope", "polar")), "--positions polar: there are"),
     (lambda: Length(seeds=0), "--seeds from 1 to 20"),

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,6 +317,24 @@ def test_a_grid_takes_no_runs_of_another_text(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=f"{name} was trained on {text}: choose another"):
                 budgets.grid(Grid(path=path))
         shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_grid_makes_what_is_missing_goes_on_with_what_was_stopped_and_leaves_the_rest(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(budgets, "show", lambda fitted: None)
+    begun = []
+    monkeypatch.setattr(
+        budgets.subprocess, "run",
+        lambda words, **_: begun.append(words[2:]) or SimpleNamespace(returncode=0),
+    )  # fmt: skip
+    whole, stopped, *_ = (names := [*Grid().runs()])
+    left_by(whole, small()[-1])
+    left_by(stopped, small()[-1], last=20)
+    budgets.grid(Grid())
+    assert begun[0] == ["--resume", "--name", stopped] and len(begun) == len(names) - 1
+    assert all("--resume" not in words for words in begun[1:])
 
 
 def budgets_of(words):

@@ -291,6 +291,8 @@ def test_gpt2_has_as_many_parameters_as_openai_s():
         ({"kv_heads": 3}, "--model.kv-heads 3"),
         ({"dim": 12, "heads": 4}, "--model.dim 12 / --model.heads 4 = 3 must be even"),
         ({"head_width": 3}, "so --model.head-width 3 must be even"),
+        ({"block": 8}, "--model.block 8 must be a power of 2, at least 16"),
+        ({"block": 24}, "--model.block 24 must be a power of 2, at least 16"),
         ({"layers": 0}, "at least 1"),
         ({"layers": 10**9}, "layers 1000000000 must be 0 or more, below"),
         ({"ffn_dim": -1}, "ffn-dim -1 must be 0 or more"),

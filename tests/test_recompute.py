@@ -80,6 +80,13 @@ def test_padded_rows_of_published_families_too(kind):
     law()
 
 
+@pytest.mark.parametrize("arch", ["encoder", "encdec"])
+def test_every_token_of_what_is_measured_is_seen(arch):
+    batch = random_batch(replace(SMALL, arch=arch), 2)
+    hi = batch.hi if arch == "encoder" else batch.source_hi
+    assert (hi == SMALL.context - 1).all()
+
+
 @given(seeds, st.sampled_from(["decoder", "encoder", "encdec"]), st.floats(0.1, 0.9))
 def test_frozen_weights_stay_without_gradient(seed, arch, share):
     """Any of them may be frozen, and what goes into a block may need no gradient."""

@@ -264,6 +264,7 @@ def test_gpt_3_s_sizes_and_training_flops(name):
     """
     millions, flops = GPT3[name]
     config = ModelConfig(**PUBLISHED[name].settings)
+    assert PUBLISHED[name].tokens == 300e9
     assert abs(sum(parameters(config).values()) - millions * 1e6) <= PUBLISHED[name].unit / 2
     assert printed(6 * millions * 1e6 * 300e9, flops)
     assert printed(estimated_flops(config, 300e9), flops, 2 if name == "gpt3-xl" else 0.5)
