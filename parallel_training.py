@@ -37,10 +37,9 @@ from adapters import adapt, frozen_mark
 from data import Corpus
 from mesh import Group, Mesh, Plan, end_the_stopped, first_to_say, lost
 from model import Transformer
-from objectives import Batch, objective_for
+from objectives import Batch
 from optim import learnt
 from parallel import Part, check, evaluate, update
-from prefix import check_room
 from quantized import quantized
 from recompute import recompute
 from run import RUNS, Run, Tensors, UserError, value_of
@@ -337,10 +336,7 @@ def one_voice(world: Group) -> Iterator[None]:
 
 def begin(config: Train, corpus: Corpus) -> Training:
     """The state before the first step, of one process or of this one's part."""
-    plan, c = config.plan, config.model
-    objective = objective_for(config.objective, c.arch)
-    widths = objective.widths(objective.text_width(c.context, c.arch), c.arch)
-    check_room(c, config.adapter, widths)
+    plan = config.plan
     if plan.size == 1 and not plan.exact:
         return Training(config, corpus)
     return ParallelTraining(config, corpus, Mesh(plan.data, plan.pipeline, plan.tensor, plan.exact))

@@ -27,6 +27,7 @@ from model import ModelConfig, Transformer
 from objectives import OBJECTIVES, ROLES, Batch, Rows, objective_for, vocabulary_for
 from optim import OptimConfig, Ramp, build, learning_rate, learnt
 from packing import Mixture, whole
+from prefix import check_room
 from recompute import KINDS, recompute
 from run import (
     Run,
@@ -210,6 +211,7 @@ class Training:
             self.objective, words.special, words.known_ids, words.end_of_text
         )
         self.width = self.objective.text_width(context, arch)
+        check_room(config.model, config.adapter, self.objective.widths(self.width, arch))
         self.plain = self.width == context and arch != "encdec"  # text goes in as it stands
         full = config.accumulate * config.batch
         self.ramp = Ramp(full, config.ramp_from or full, config.ramp_tokens // self.width)

@@ -91,10 +91,12 @@ def test_learned_positions_must_have_room_for_it(folder, kind):  # noqa: F811
              "--model.heads", "2", "--model.layers", "1"]  # fmt: skip
     base = ["--data.mix", "stories=world:60", "--tokenizer.kind", "bytes", "--steps", "1"]
     assert run("train.py", *TINY, *base, *shape, "--name", "learned")[0] == 0
-    status, _, err = tune("--base", "learned", "--name", "mine", "--steps", "1", *ROWS[kind])
-    assert status == 2 and err.count("\n") == 1, err
-    assert "32 tokens and 3 before them are more than the 32 learned positions" in err
-    assert "--adapter.kind lora" in err and not (RUNS / "mine").exists()
+    how = ["--base", "learned", "--name", "mine", "--steps", "1"]
+    for more in ([], ["--dry-run"]):
+        status, _, err = tune(*how, *ROWS[kind], *more)
+        assert status == 2 and err.count("\n") == 1, err
+        assert "32 tokens and 3 before them are more than the 32 learned positions" in err
+        assert "--adapter.kind lora" in err and not (RUNS / "mine").exists()
     assert tune("--base", "learned", "--name", "mine", "--steps", "1", *LORA)[0] == 0
 
 
