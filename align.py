@@ -75,9 +75,8 @@ class Sft:
     name: str = ""  # of the tuned run; empty: the first of sft, sft-2, … that is free
     path: str = ""  # conversations of yours instead of lessons: .jsonl, .json or .csv
     mix: tuple[str, ...] = ()  # conversations of yours beside the lessons: name=path
-    cap: int = (
-        1_000_000  # tokens up to which each of them counts, so that a large one does not rule
-    )
+    # tokens up to which each of them counts, so that a large one does not rule
+    cap: int = 1_000_000
     lessons: Lessons = Lessons()
     adapter: Adapter = Adapter()
     steps: int = 1500  # updates

@@ -436,7 +436,8 @@ def bench() -> None:
     default = Bench()
     shape = preset_in(sys.argv[1:], default.model)
     vocab_size = shape.vocab_size or default.model.vocab_size
-    config = tyro.cli(Bench, default=replace(default, model=replace(shape, vocab_size=vocab_size)))
+    default = replace(default, model=replace(shape, vocab_size=vocab_size))
+    config = tyro.cli(Bench, default=default, description=__doc__)
     print(f"{machine(pick_device(config.device))}, torch {torch.__version__}")
     rows = [
         row for name, part in PARTS.items() if config.only in ("", name) for row in part(config)

@@ -76,7 +76,7 @@ class Grid:
     """Train runs of every width with every budget, and fit their law."""
 
     name: str = "small"  # of the runs: <name>-<width>-<steps>
-    widths: tuple[int, ...] = (16, 24, 32, 48, 64)
+    widths: tuple[int, ...] = (16, 24, 32, 48, 64)  # of the models
     budgets: tuple[float, ...] = (0.5e11, 1e11, 2e11, 4e11)  # operations, 6 N D
     least: int = LEAST  # updates below which a run is left out
     path: str = ""  # text to train on: a file, folder or glob; empty: Python's own documentation

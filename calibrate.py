@@ -58,6 +58,7 @@ READ_BY = {  # each setting, and the methods that look at it
 class Method:
     """How the weights of a model become a few bits."""
 
+    # int8, zero-point, llm-int8: bytes; rtn, nf4: nearest codes; gptq, obq: errors are mended
     method: Literal["int8", "zero-point", "llm-int8", "rtn", "nf4", "gptq", "obq"] = "gptq"
     bits: int = 4  # of a weight: rtn, gptq, obq
     group: int = 64  # rtn, nf4, gptq, obq: weights of a row that share a step; 0: a whole row

@@ -69,7 +69,7 @@ class Think:
     tuning: int = 700  # updates of the run that sometimes thinks
     lessons: int = 20_000  # conversations that it is tuned on
     steps: int = 30  # rounds of PPO and of GRPO
-    seeds: int = 1
+    seeds: int = 1  # times, from the tuning on
     asked: int = 100  # sums in the examinations before and after
     tokens: int = 160  # of an answer, at most
     device: str = "auto"  # auto, cpu, cuda or mps

@@ -62,26 +62,21 @@ LAST_TENTH = 0.1  # what is held out of a corpus that is one single document
 class DataConfig:
     """Where the text comes from, and what becomes of it before it is trained on."""
 
-    path: str = (
-        ""  # file, folder or glob of .txt .md .py .jsonl (also .gz); empty: Python's own prose
-    )
-    source: Literal["files", "world"] = (
-        "files"  # those of path; world: stories that world.py writes, in which all can be checked
-    )
-    form: Literal["text", "chat"] = (
-        "text"  # of files; chat: conversations in .json, .jsonl or .csv, for --objective chat
-    )
+    # file, folder or glob of .txt .md .py .jsonl (also .gz); empty: Python's own prose
+    path: str = ""
+    # those of path; world: stories that world.py writes, in which all can be checked
+    source: Literal["files", "world"] = "files"
+    # of files; chat: conversations in .json, .jsonl or .csv, for --objective chat
+    form: Literal["text", "chat"] = "text"
     mix: tuple[str, ...] = ()  # instead of path, several sources: name=path or name=path@weight
     temperature: float = 1.0  # of weights not given: min(tokens, cap)^(1/temperature) (T5, 3.5.2)
     cap: int = 0  # tokens up to which a source counts; 0: all
     strict: bool = False  # stop at the first line or file that cannot be read
-    clean: Literal["auto", "none", "docs", "web"] = (
-        "auto"  # steps before training, with rules for documentation or web pages; auto: docs for
-        # Python's own prose, none for text of yours
-    )
-    packing: Literal["best_fit", "plain"] = (
-        "best_fit"  # whole documents in a row where they fit, or one behind another, cut anywhere
-    )
+    # steps before training, with rules for documentation or web pages; auto: docs for Python's own
+    # prose, none for text of yours
+    clean: Literal["auto", "none", "docs", "web"] = "auto"
+    # whole documents in a row where they fit, or one behind another, cut anywhere
+    packing: Literal["best_fit", "plain"] = "best_fit"
     held_out: float = 0.05  # share of the documents never trained on (one document: its last tenth)
 
     def __post_init__(self):
@@ -107,9 +102,8 @@ class DataConfig:
 class TokenizerConfig:
     """How text is cut."""
 
-    kind: Literal["bpe", "wordpiece", "unigram", "characters", "bytes"] = (
-        "bpe"  # what is learnt from the training documents, or plain bytes; wordpiece loses case
-    )
+    # what is learnt from the training documents, or plain bytes; wordpiece loses case
+    kind: Literal["bpe", "wordpiece", "unigram", "characters", "bytes"] = "bpe"
     vocab_size: int = 2048  # tokens of all but bytes: those that are fixed, and what is learnt
     pattern: Literal["gpt4", "gpt2"] = "gpt4"  # how bpe splits text before merging
 
@@ -493,7 +487,7 @@ class Show:
 
 
 def show() -> None:
-    config = tyro.cli(Show)
+    config = tyro.cli(Show, description=__doc__)
     talks = config.data.form == "chat"
     if config.data.clean == "auto" and recipe_of(config.data) == "none" and not talks:
         print("train.py takes text of yours as it stands; here are the steps of --data.clean docs")

@@ -78,7 +78,7 @@ class Shots:
     sizes: tuple[str, ...] = ("1x64", "2x16", "2x32", "2x64")  # blocks x width
     steps: int = 3000  # updates of each model
     batch: int = 64  # rows of 17 pairs
-    lr: float = 0.01
+    lr: float = 0.01  # highest learning rate
     seeds: int = 1  # models of each size
     asked: int = 1000  # rows of the examination
     every: int = 50  # updates between examinations
@@ -299,7 +299,7 @@ class Tuning:
 
     counts: tuple[int, ...] = (4, 12, 40)  # tasks in the lessons
     steps: int = 600  # updates of each tuning
-    seeds: int = 1
+    seeds: int = 1  # times, with other tasks in the lessons
     asked: int = 20  # questions of each task
     device: str = "auto"  # auto, cpu, cuda or mps
 

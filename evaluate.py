@@ -497,7 +497,7 @@ def script() -> None:
         | Annotated[Precision, named("precision", default=Precision())]
         | Annotated[Compare, named("compare")]
     )
-    config = tyro.cli(kinds, default=Length(), description=__doc__.split("\n")[0])
+    config = tyro.cli(kinds, default=Length(), description=__doc__)
     KINDS[type(config)](config)
 
 

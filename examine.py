@@ -370,12 +370,14 @@ class Examine:
     run: str = ""  # a run's name or folder; empty: the newest
     model: str = ""  # instead of a run: the folder of a model in Hugging Face's layout
     adapter: str = ""  # beside it: the folder of an adapter in PEFT's layout
+    # what is asked: python tasks.py shows them
     tasks: tuple[str, ...] = ("copy", "reverse", "sort", "add", "count", "look up", "story")
     levels: tuple[int, ...] = (1, 2)  # of the tasks' difficulty
     wording: Literal["new", "known"] = "new"  # of tasks: words that no lesson had, or the lessons'
     file: str = ""  # instead of tasks: .jsonl, .json or .csv (MMLU, GSM8K, …), or a folder of them
     examples: str = ""  # the same, for --shots to be drawn from; empty: the questions themselves
     count: int = 50  # questions of each kind, at most
+    # for an answer of its own, the letter of a choice, or the likeliest of the choices themselves
     ask: Literal["exact", "choice", "answer", "answer-per-byte"] = "exact"
     shots: int = 0  # solved examples before each question
     think: bool = False  # ask for steps before the answer
@@ -485,7 +487,7 @@ def draw(found: dict[str, Sequence[Result]], path: Path, title: str) -> None:
 
 
 def script() -> None:
-    config = tyro.cli(Examine, description=__doc__.split("\n")[0])
+    config = tyro.cli(Examine, description=__doc__)
     run = None if config.model else Run.open(config.run)  # once: another may be the newest soon
     folder = run.folder if run else RUNS
     writer = writer_of(str(folder) if run else "", config.model, config.device, config.adapter)

@@ -223,7 +223,7 @@ ENDS = {  # of those that do not end at π*
 class Show:
     """Draw where each method ends."""
 
-    betas: tuple[float, ...] = (0.3, 1.0, 3.0)
+    betas: tuple[float, ...] = (0.3, 1.0, 3.0)  # prices of a nat of KL
     seed: int = 0
     rounds: int = ROUNDS  # of two updates each
 
@@ -258,7 +258,7 @@ def draw(points: dict[str, list[tuple[float, float]]], curve: list, path: Path) 
 
 
 def script() -> None:
-    config = tyro.cli(Show, description=__doc__.split("\n")[0])
+    config = tyro.cli(Show, description=__doc__)
     policy, scores = random_table(config.seed), random_scores(config.seed + 1)
     start = every_log_p(policy)
 

@@ -336,9 +336,8 @@ MOST = 1 << 20  # samples or tokens
 class Generate(Sampling):
     """Write text with a trained model."""
 
-    run: str = (
-        ""  # a run's name or folder; empty: the newest (a small one is trained if there is none)
-    )
+    # a run's name or folder; empty: the newest (a small one is trained if there is none)
+    run: str = ""
     model: str = ""  # instead of a run: the folder of a model in Hugging Face's layout
     adapter: str = ""  # beside it: the folder of an adapter in PEFT's layout
     prompt: str = ""  # what the text begins with, or answers; empty: the beginning of a document
@@ -555,7 +554,7 @@ def bench(config: Generate, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def script() -> None:
-    config = tyro.cli(Generate)
+    config = tyro.cli(Generate, description=__doc__)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if config.bench:

@@ -148,8 +148,8 @@ class Online(Improve):
 class Ppo(Online):
     """PPO: what is expected, a value head says."""
 
-    epochs: int = 2
-    minibatches: int = 2
+    epochs: int = 2  # times that a round's answers are used
+    minibatches: int = 2  # updates in each of these times
     critic: Literal["shared", "own"] = "shared"  # the value head's model: the policy, or a copy
     value_weight: float = 0.1  # of its loss
     value_clip: float = 0.2  # how far a value may move in a round
@@ -189,9 +189,9 @@ class Dpo(Improve):
     strict: bool = False  # end at the first record that cannot be used, instead of leaving it out
     steps: int = 200  # updates
     pairs: int = 32  # in an update
-    beta: float = 0.1
+    beta: float = 0.1  # of its loss: the smaller, the further it goes
     smoothing: float = 0.0  # share of comparisons that are taken to be wrong
-    save_every: int = 100
+    save_every: int = 100  # updates between checkpoints
     evaluate_every: int = 25  # updates between looks at what the run answers
 
     def __post_init__(self):

@@ -38,7 +38,7 @@ class Lessons:
     """Which problems are made into conversations, and how."""
 
     tasks: tuple[str, ...] = ()  # empty: all, with those compositions that are for learning
-    levels: tuple[int, ...] = (1, 2, 3)
+    levels: tuple[int, ...] = (1, 2, 3)  # of their difficulty
     count: int = 20_000  # conversations
     think: float = 0.5  # share of problems whose reply shows its steps
     unasked: bool = False  # show them though nobody asked: a reply then begins either way
@@ -117,7 +117,7 @@ class Show(Lessons):
 
 
 def script() -> None:
-    config = tyro.cli(Show, description=__doc__.split("\n")[0])
+    config = tyro.cli(Show, description=__doc__)
     if config.out:
         found = list(tqdm(lessons(config), "lessons", config.count, leave=False, disable=None))
         write(found, Path(config.out))

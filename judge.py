@@ -197,11 +197,11 @@ class Reward:
     preferences: str = ""  # .jsonl or .json; empty: of simulated people, on answers of the run
     count: int = 2000  # questions that these are asked
     tasks: tuple[str, ...] = tasks.PLAIN  # of the questions
-    levels: tuple[int, ...] = (1, 2, 3)
+    levels: tuple[int, ...] = (1, 2, 3)  # of their difficulty
     said: Literal[tuple(LOSSES)] = "pairs"  # orders by their pairs, whole orders, or ratings
     criterion: str = "helpful"  # of ratings
-    lowest: float = 0.0  # rating; what is outside is left out
-    highest: float = 10.0
+    lowest: float = 0.0  # rating; what is below is left out
+    highest: float = 10.0  # rating; what is above is left out
     strict: bool = False  # end at the first record that cannot be used, instead of leaving it out
     arch: Literal["decoder", "encoder"] = "decoder"  # encoder: each token sees the whole answer
     adapter: Adapter = Adapter()

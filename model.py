@@ -62,9 +62,8 @@ class ModelConfig:
     """The shape of a transformer."""
 
     preset: Literal[("tiny", *PUBLISHED)] = "tiny"  # a named shape, which other settings change
-    arch: Literal["decoder", "encoder", "encdec"] = (
-        "decoder"  # who reads and who writes: as GPT, as BERT, or as T5, which has both
-    )
+    # who reads and who writes: as GPT, as BERT, or as T5, which has both
+    arch: Literal["decoder", "encoder", "encdec"] = "decoder"
     dim: int = 128  # width of the stream
     layers: int = 4  # blocks (encdec: of the encoder, and as many of the decoder)
     heads: int = 4  # query heads
@@ -73,17 +72,18 @@ class ModelConfig:
     context: int = 256  # tokens in one row of a batch
     vocab_size: int = 0  # tokens known; 0: as many as the tokenizer has
     ffn_dim: int = 0  # feed-forward width; 0: 8/3 of dim for gated activations, else 4 of dim
-    position: Literal["rope", "learned", "sinusoidal", "relative", "t5", "alibi", "none"] = (
-        "rope"  # how a token knows its place
-    )
+    # how a token knows its place
+    position: Literal["rope", "learned", "sinusoidal", "relative", "t5", "alibi", "none"] = "rope"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # what keeps the stream's scale
     order: Literal["pre", "post", "deepnorm"] = "pre"  # where it stands in a block
+    # the feed-forward's bend; with "glu" gated
     activation: Literal[
         "relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"
-    ] = "swiglu"  # the feed-forward's bend; with "glu" gated
+    ] = "swiglu"
+    # who looks at whom
     attention: Literal[
         "full", "sliding", "strided", "fixed", "longformer", "bigbird", "performer"
-    ] = "full"  # who looks at whom
+    ] = "full"
     window: int = 128  # sliding: tokens that one sees on a side, itself counted; others: at least
     block: int = 64  # strided, fixed, longformer, bigbird: tokens that are seen together or not
     global_blocks: int = 1  # fixed: summaries of a span; longformer, bigbird: seen by all

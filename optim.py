@@ -49,9 +49,8 @@ TABLES = ("embedding", "segment", "position.table", "relative.table")  # whose r
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: Literal[KINDS] = (
-        "muon"  # what moves the matrices inside the blocks; muon leaves the rest to adamw
-    )
+    # what moves the matrices inside the blocks; muon leaves the rest to adamw
+    name: Literal[KINDS] = "muon"
     lr: float = 0.01  # highest learning rate; sgd wants 0.1: its updates are as large as gradients
     weight_decay: float = 0.1  # decay of the matrices inside the blocks, per step and learning rate
     beta1: float = 0.9  # memory of the gradient
@@ -59,9 +58,8 @@ class OptimConfig:
     eps: float = 1e-10  # added to the root of the square
     clip: float = 1.0  # largest gradient; 0: no clipping
     clip_by: Literal["norm", "value"] = "norm"  # of all gradients together, or of each number
-    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = (
-        "linear"  # from the highest rate to the last; wsd: warm-up, stable, decay
-    )
+    # from the highest rate to the last; wsd: warm-up, stable, decay
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "linear"
     warmup: float = 0.05  # share of the steps in which the rate rises from 0
     decay: float = 0.2  # wsd: share of the steps in which it falls
     final: float = 0.0  # last learning rate, as a share of the highest

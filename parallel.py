@@ -541,7 +541,7 @@ def script() -> None:
         Annotated[Automatic, tyro.conf.subcommand("plan", default=default)]
         | Annotated[Certificate, tyro.conf.subcommand("certificate", default=Certificate())]
     )
-    config = tyro.cli(kinds, args=arguments, description=__doc__.split("\n")[0])
+    config = tyro.cli(kinds, args=arguments, description=__doc__)
     automatic(config) if isinstance(config, Automatic) else certify(config, trained)
 
 

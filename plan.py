@@ -344,7 +344,7 @@ def automatic(config: Automatic) -> None:
 
 def script() -> None:
     default = Automatic(model=preset_in(sys.argv[1:], Automatic.model))
-    automatic(tyro.cli(Automatic, default=default, description=__doc__.split("\n")[0]))
+    automatic(tyro.cli(Automatic, default=default, description=__doc__))
 
 
 if __name__ == "__main__":

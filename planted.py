@@ -217,7 +217,7 @@ class Show:
 
 
 def script() -> None:
-    config = tyro.cli(Show, description=__doc__.split("\n")[0])
+    config = tyro.cli(Show, description=__doc__)
     with TemporaryDirectory() as folder:
         planted = documents(config.count, config.share, config.seed)
         found = list(cleaned(planted, Path(folder)))

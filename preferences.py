@@ -324,7 +324,7 @@ class Show:
     """Show what people say of responses."""
 
     file: str = ""  # .jsonl or .json; empty: simulated people
-    count: int = 5
+    count: int = 5  # records
     seed: int = 0
 
     def __post_init__(self):
@@ -344,7 +344,7 @@ def simulated(seed: int) -> Iterator[Ranking | Rating]:
 
 
 def script() -> None:
-    config = tyro.cli(Show, description=__doc__.split("\n")[0])
+    config = tyro.cli(Show, description=__doc__)
     each = read(Path(config.file)) if config.file else (("", x) for x in simulated(config.seed))
     for where, one in islice(each, config.count):
         if isinstance(one, str):

@@ -330,7 +330,7 @@ def script() -> None:
     default = Settings()
     shape = preset_in(sys.argv[1:], default.model)
     shape = replace(shape, vocab_size=shape.vocab_size or default.model.vocab_size)
-    config = tyro.cli(Settings, default=replace(default, model=shape))
+    config = tyro.cli(Settings, default=replace(default, model=shape), description=__doc__)
     torch.set_num_threads(1)  # then processor time is time, whatever else the machine does
     c, N = config.model, count_parameters(Transformer(config.model))
     print(

@@ -496,7 +496,7 @@ def script() -> None:
         Annotated[Show, tyro.conf.subcommand("show", default=Show())]
         | Annotated[Cost, tyro.conf.subcommand("cost", default=default)]
     )
-    config = tyro.cli(kinds, default=Show(), description=__doc__.split("\n")[0])
+    config = tyro.cli(kinds, default=Show(), description=__doc__)
     show_cost(config) if isinstance(config, Cost) else show()
 
 

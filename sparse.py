@@ -280,7 +280,7 @@ def draw(costs: dict[tuple[str, int], Cost], config: Settings, path: Path) -> No
 
 
 def script() -> None:
-    config = tyro.cli(Settings)
+    config = tyro.cli(Settings, description=__doc__)
     torch.set_num_threads(1)  # then processor time is time, whatever else the machine does
     print(config)
     show(costs := measure(config))

@@ -118,4 +118,4 @@ def choose(stages: dict[str, tuple[type, Callable]], default: list[str], doc: st
         raise UserError(f"there is no {what}: choose among {', '.join(stages)}")
     kind, stage = stages[what]
     stage(tyro.cli(kind, prog=f"{Path(sys.argv[0]).name} {what}", args=arguments,
-                   description=kind.__doc__.split("\n")[0]))  # fmt: skip
+                   description=kind.__doc__))  # fmt: skip

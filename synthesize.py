@@ -235,7 +235,7 @@ class Synthesize:
 
 
 def script() -> None:
-    config = tyro.cli(Synthesize, description=__doc__.split("\n")[0])
+    config = tyro.cli(Synthesize, description=__doc__)
     writer = writer_of(config.run, "", config.device)
     start = seeds(config.seeds, config.seed)
     made = synthesized(writer, start, config.count, config.seed, rounds=config.rounds)

@@ -541,7 +541,7 @@ class Show:
 
 
 def script() -> None:
-    config = tyro.cli(Show, description=__doc__.split("\n")[0])
+    config = tyro.cli(Show, description=__doc__)
     names = [config.task] * config.count if config.task else [*PLAIN, composed("train")[0]]
     for number, name in enumerate(names):
         asked = problem(name, config.level, "train", number, config.seed)

@@ -252,7 +252,7 @@ def draw_compression(rows: Sequence[Measured], path: Path) -> None:
 
 
 def script() -> None:
-    config = tyro.cli(Settings)
+    config = tyro.cli(Settings, description=__doc__)
     texts, held = manual()
     if config.file:
         try:

@@ -164,7 +164,7 @@ def report(config: Tour) -> None:
 
 
 def script() -> None:
-    config = tyro.cli(Tour, description=__doc__.split("\n")[0])
+    config = tyro.cli(Tour, description=__doc__)
     (report if config.stage == "report" else note)(config)
 
 

@@ -85,7 +85,8 @@ def parse(
     if file := value_of("--plan.file", arguments):
         plan = AutomaticPlan.load(Path(file))
         default = replace(default, plan=plan.shape, recompute=plan.recompute)
-    config = tyro.cli(Train, args=arguments, default=replace(default, resume=run is not None))
+    config = tyro.cli(Train, args=arguments, description=__doc__,
+                      default=replace(default, resume=run is not None))  # fmt: skip
     if run is None:
         if config.seeds > 1 and not config.name:
             raise UserError(f"--seeds {config.seeds} are as many runs, which need a --name")

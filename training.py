@@ -74,17 +74,15 @@ class Train:
     tokenizer: TokenizerConfig = TokenizerConfig()
     adapter: Adapter = Adapter()
     optim: OptimConfig = OptimConfig()
-    objective: Literal[tuple(OBJECTIVES)] = (
-        "causal"  # what to predict: the next token, masked ones, hidden spans, …
-    )
+    # what to predict: the next token, masked ones, hidden spans, …
+    objective: Literal[tuple(OBJECTIVES)] = "causal"
     steps: int = 1600  # updates; 800 for --data.source world
     batch: int = 8  # rows of model.context tokens that go through the model at once
     accumulate: int = 1  # such batches in one update
     ramp_from: int = 0  # rows of the first update, from where they grow; 0: all from the start
     ramp_tokens: int = 0  # tokens over which they grow to batch × accumulate
-    recompute: Literal[tuple(KINDS)] = (
-        "none"  # computed again in the backward pass instead of kept: less memory, more time
-    )
+    # computed again in the backward pass instead of kept: less memory, more time
+    recompute: Literal[tuple(KINDS)] = "none"
     plan: Plan = Plan()
     guard: GuardConfig = GuardConfig()
     forecast: str = ""  # file of scaling.py forecast, which the run is held to while it goes
@@ -95,9 +93,8 @@ class Train:
     seed: int = 0  # of weights, order and samples
     seeds: int = 1  # runs, <name>-seed0, -seed1, …, that differ in nothing but their seed
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of the arithmetic; the weights stay float32
-    )
+    # of the arithmetic; the weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "evaluate_every", "save_every", "seeds"):

@@ -200,7 +200,7 @@ class Compare:
     """Tune one run on three tasks, by each method and by all weights."""
 
     run: str = ""  # a run that was tuned on instructions; empty: sft, made if need be
-    tasks: tuple[str, ...] = ("sort", "replace", "count")
+    tasks: tuple[str, ...] = ("sort", "replace", "count")  # one tuning by each way for each
     ways: tuple[str, ...] = tuple(WAYS)  # methods
     levels: tuple[int, ...] = (1, 2)  # of the tasks' difficulty
     steps: int = 150  # updates

@@ -208,7 +208,7 @@ class Export:
 
 
 def script() -> None:
-    config = tyro.cli(Export, description=Export.__doc__)
+    config = tyro.cli(Export, description=__doc__)
     run, folder = Run.open(config.run), Path(config.out)
     writer = load(run, torch.device("cpu"))
     if config.adapter:

@@ -143,7 +143,7 @@ def plant(some: Sequence[Planted]) -> None:
 
 
 def script() -> None:
-    config = tyro.cli(Visit, description=__doc__.split("\n")[0])
+    config = tyro.cli(Visit, description=__doc__)
     plant(bugs_of(config.plant)) if config.plant else show()
 
 

@@ -216,7 +216,7 @@ def copy(name: str, folder: Path) -> None:
 
 
 def script() -> None:
-    config = tyro.cli(Book, description=__doc__.split("\n")[0])
+    config = tyro.cli(Book, description=__doc__)
     if not config.technique:
         rows = [(name, "; ".join(f"{path}: {blank}" for path, blank in it.blank.items()))
                 for name, it in BOOK.items()]  # fmt: skip

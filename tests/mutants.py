@@ -133,7 +133,7 @@ def outcome(it: Planted) -> str:
 
 
 def script() -> None:
-    config = tyro.cli(Mutants, description=__doc__.split("\n")[0])
+    config = tyro.cli(Mutants, description=__doc__)
     tests, draw = own_tests(), random.Random(config.seed)
     files = config.only or draw.sample(sorted(tests), config.count)
     rows = []

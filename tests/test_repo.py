@@ -317,6 +317,33 @@ def test_every_script_shows_how_it_is_run():
         assert list(commands(text + "\n\n")), f"{path.name} has no Run: line"
 
 
+NO_SETTINGS = ("sentencepiece_files", "forecast", "wordpiece", "unigram", "world", "model_files")
+
+
+def settings_of(path):
+    """(line, the field) of the settings that a script's frozen dataclasses have, with defaults."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        frozen = isinstance(node, ast.ClassDef) and any(
+            ast.unparse(how) == "dataclass(frozen=True)" for how in node.decorator_list
+        )
+        fields = [it for it in node.body if isinstance(it, ast.AnnAssign)] if frozen else []
+        if all(it.value for it in fields):
+            yield from fields
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SCRIPTS if p.stem not in NO_SETTINGS], ids=lambda p: p.name
+)
+def test_help_says_what_each_setting_is(path):
+    """tyro takes the comment behind a field in one line, or else that above it."""
+    lines = ["", *path.read_text(encoding="utf-8").splitlines()]
+    for it in settings_of(path):
+        group = re.fullmatch(r"[A-Z]\w+", ast.unparse(it.annotation))  # has a docstring instead
+        behind = it.lineno == it.end_lineno and "  # " in lines[it.lineno]
+        above = lines[it.lineno - 1].strip().startswith("# ")
+        assert group or behind or above or it.target.id == "seed", ast.unparse(it)
+
+
 def test_ci_runs_the_readme_s_test_command():
     command = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in command and "pytest -n auto -m long" in command
