@@ -128,17 +128,17 @@ class Online(Improve):
         super().__post_init__()
         if min(self.epochs, self.minibatches) < 1:
             raise UserError("--epochs and --minibatches must be at least 1")
-        if self.minibatches > self.questions * self.each:
+        answers = self.questions * self.each
+        if self.minibatches > answers:
             raise UserError(
-                f"--minibatches {self.minibatches} are more than the "
-                f"{self.questions * self.each} answers of a round"
+                f"--minibatches {self.minibatches} are more than the {answers} answers of a round"
             )
         if not 0 < self.clip < 1 or min(self.penalty, self.stop_kl, self.target_kl) < 0:
             raise UserError(
                 "--clip must lie between 0 and 1, --penalty, --stop-kl and --target-kl be at "
                 "least 0"
             )
-        if self.horizon < (self.questions * self.each if self.target_kl else 1):
+        if self.horizon < (answers if self.target_kl else 1):
             raise UserError("--horizon must be at least the answers of a round, and at least 1")
         if self.target_kl and not self.beta:
             raise UserError("--target-kl steers --beta by factors, so that must be above 0")
