@@ -135,8 +135,7 @@ class Online(Improve):
             )
         if not 0 < self.clip < 1 or min(self.penalty, self.stop_kl, self.target_kl) < 0:
             raise UserError(
-                "--clip must lie between 0 and 1, --penalty, --stop-kl and --target-kl be at "
-                "least 0"
+                "--clip must lie between 0 and 1, --penalty, --stop-kl, --target-kl be at least 0"
             )
         if self.horizon < (answers if self.target_kl else 1):
             raise UserError("--horizon must be at least the answers of a round, and at least 1")
