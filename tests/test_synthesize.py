@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import synthesize
 import tasks
 from instruct import rouge_l
-from synthesize import ALIKE, Synthesis, conversations, seeds, stated, synthesized, worded
+from synthesize import ALIKE, Synthesis, alike, conversations, seeds, stated, synthesized, worded
 from tasks import FACTS, mark, side
 
 
@@ -57,6 +57,17 @@ def test_only_what_is_right_and_new_is_kept(monkeypatch):
     for i, text in enumerate(texts[len(start) :], len(start)):
         assert all(rouge_l(text, other) < ALIKE for other in texts[:i])
         assert side_of(text) == "train"
+
+
+words = st.lists(st.sampled_from("abcd"), min_size=1, max_size=12).map(" ".join)
+
+
+@given(words, words)
+def test_what_is_alike_is_soon_known(a, b):
+    """Also where the same words stand in another order, and with exactly 0.7 in common."""
+    assert alike(a, b) == (rouge_l(a, b) >= ALIKE)
+    assert alike("a b c d e f g x y z", "a b c d e f g u v w")
+    assert not alike("a b c d e f g x y z", "g f e d c b a u v w")
 
 
 def side_of(text):
