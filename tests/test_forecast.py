@@ -168,6 +168,15 @@ def test_a_damaged_forecast_is_told_in_a_sentence(tmp_path, bad, said):
     assert FILE in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_smaller_and_a_larger_run_are_others(more):
+    it = flat(parameters=70, tokens=900, held_out="m")
+    forecast.check(it, 70, 900, "m", "f.json")
+    for N, D, said in ((70 + more, 900, "70 parameters, not"), (70, 900 + more, "900 tokens")):
+        with pytest.raises(UserError, match=said):
+            forecast.check(it, N, D, "m", "f.json")
+
+
 # --- a run that is held to it ---------------------------------------------------------------------
 
 STEPS = 20
