@@ -69,7 +69,7 @@ def loss_of_bits(tour: str) -> float:
 
 
 def by_thought(tour: str) -> float:
-    """How many more sums are right step by step than at once, at three digits."""
+    """How many more sums are right step by step than at once, at four digits."""
     shares = read_json(RUNS / "thought.json")
     return shares["step by step"][-1][0] - shares["at once"][-1][0]
 
@@ -91,7 +91,7 @@ STAGES = {
                   lambda t: examination(f"{t}-lora", "tuned", "copy"), 0.4, 1, "{:.0%}",
                   "{}-lora/examination.png"),
     "quant": Stage("held-out loss in four bits, by that in 32", loss_of_bits, 0.98, 1.05, "{:.3f}"),
-    "thought": Stage("more sums right step by step than at once", by_thought, 0.4, 1, "{:+.0%}",
+    "thought": Stage("more sums right step by step than at once", by_thought, 0.5, 1, "{:+.0%}",
                      "thought.png"),
     "examined": Stage("sums right, aligned and in four bits",
                       lambda t: of_results(f"{t}-quant"), 0.7, 1, "{:.0%}",

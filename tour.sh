@@ -66,7 +66,7 @@ stage lora align.py sft --base "$it-ppo" --name "$it-lora" --adapter.kind lora -
 stage quant quant.py save --run "$it-ppo" --name "$it-quant" --method gptq --bits 4 --group 32
 
 # One model, asked for sums at once and step by step: thinking pays.
-stage thought emergence.py thought --digits 1 2 3 --steps 700 --asked 60 --seed "$seed"
+stage thought emergence.py thought --digits 2 3 4 --steps 700 --asked 60 --seed "$seed"
 
 # What has come of it: the aligned model, in four bits, examined.
 stage examined examine.py --run "$it-quant" "${sums[@]}" --wording known --count 60 --tokens 160 \
