@@ -14,7 +14,8 @@ is asked, its answers are compared, and it moves towards those that are better.
     hack     a weak reward model is deceived, and what the KL does about it
     all      the whole chain, with one table and one picture
 
-Run: python align.py sft                      some minutes; a base run is made if there is none
+Run: python align.py                          think, small: a minute or two
+     python align.py sft                      some minutes; a base run is made if there is none
      python align.py sft --base run-001 --lessons.count 50000 --steps 3000
      python align.py sft --path conversations.jsonl            instead of the lessons
      python align.py sft --mix alpaca=alpaca_data.json --cap 500000   beside them
@@ -351,9 +352,13 @@ STAGES = {
 }
 
 
+DEMO = ("think", "--digits", "3", "--tuning", "250", "--lessons", "6000", "--steps", "12",
+        "--asked", "40", "--tokens", "80")  # fmt: skip
+
+
 def script() -> None:
-    """Without arguments: sft."""
-    choose(STAGES, ["sft"], __doc__)
+    """Without arguments: think, small."""
+    choose(STAGES, [*DEMO], __doc__)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ TINY = {
     "examine.py": "--run base --count 1 --tokens 4 --tasks copy",
     "writer.py": "",
     "synthesize.py": "--run base --count 1 --rounds 1",
-    "align.py": "",
+    "align.py": "think --digits 1 --tuning 2 --lessons 60 --steps 1 --asked 1 --tokens 3",
     "align.py sft": "--base base --asked 1 --steps 2 --lessons.count 60 --lessons.levels 1",
     "align.py label": "--run sft --count 1 --each 2 --tokens 3",
     "align.py prefer": "--run sft --count 2 --each 2 --tokens 3",
