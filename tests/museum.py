@@ -41,7 +41,7 @@ MUSEUM = (
         "shrink(grads, norm, largest",
         "mixed precision without unscale_ before the clip, which torch's guide to AMP warns of",
         "in fp16 every step is clipped to almost nothing",
-        "test_step.py::test_a_scaled_loss_gives_the_gradient_of_an_unscaled_one",
+        "test_step.py::test_clipping_keeps_the_direction_and_bounds_the_length",
     ),
     Exhibit(
         "neighbours instead of halves", "kernels/elementwise.py",

@@ -131,13 +131,14 @@ def test_a_micro_batch_without_targets_changes_nothing():
     assert (loss, tokens) == (0, 0)
 
 
-@given(seeds, st.floats(0.01, 100))
-def test_clipping_keeps_the_direction_and_bounds_the_length(seed, largest):
+@given(seeds, st.floats(0.01, 100), st.sampled_from([1.0, 2.0**-4, 2.0**10]))
+def test_clipping_keeps_the_direction_and_bounds_the_length(seed, largest, scale):
+    """Behind the division by the loss's scale."""
     params = normals(seed, (3, 4), (5,), (2, 2))
     for p in params[:2]:  # the third has no gradient
-        p.grad = p.detach() * 3
-    before = torch.cat([p.grad.flatten() for p in params[:2]])
-    norm = clip(params, largest)
+        p.grad = p.detach() * 3 * scale
+    before = torch.cat([p.grad.flatten() / scale for p in params[:2]])
+    norm = clip(params, largest, "norm", scale)
     after = torch.cat([p.grad.flatten() for p in params[:2]])
     assert norm == pytest.approx(before.norm().item())
     assert_close(after, before * min(1, largest / norm), 1e-12)
