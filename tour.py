@@ -88,7 +88,7 @@ STAGES = {
                  - standing(f"{t}-ppo", "before", "worth"),
                  0.2, 1.5, "{:+.2f}", "{}-ppo/gauge.png"),
     "lora": Stage("a new task right, by few weights",
-                  lambda t: examination(f"{t}-lora", "tuned", "copy"), 0.4, 1, "{:.0%}",
+                  lambda t: examination(f"{t}-lora", "tuned", "copy"), 0.7, 1, "{:.0%}",
                   "{}-lora/examination.png"),
     "quant": Stage("held-out loss in four bits, by that in 32", loss_of_bits, 0.98, 1.05, "{:.3f}"),
     "thought": Stage("more sums right step by step than at once", by_thought, 0.5, 1, "{:+.0%}",

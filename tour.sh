@@ -60,7 +60,7 @@ stage ppo align.py ppo --name "$it-ppo" --run "$it-sft" --reward "$it-reward" "$
 # A new task by few weights: LoRA beside the frozen model.
 stage lora align.py sft --base "$it-ppo" --name "$it-lora" --adapter.kind lora --adapter.rank 16 \
     --adapter.on "*" --lessons.tasks copy --lessons.levels 1 2 --lessons.count 4000 --lessons.turns 1 \
-    --lessons.think 0 --steps 250 --batch 16 --examined copy --asked 40 --wording known --seed "$seed"
+    --lessons.think 0 --steps 400 --batch 16 --examined copy --asked 40 --wording known --seed "$seed"
 
 # Four bits a weight instead of 32, each rounding mended by the weights behind it.
 stage quant quant.py save --run "$it-ppo" --name "$it-quant" --method gptq --bits 4 --group 32
