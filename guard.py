@@ -70,6 +70,7 @@ def deviations(past: Sequence[float], value: float, floor: float) -> float:
     return (math.log(max(value, 1e-30)) - median(logs[-LEAST:])) / max(deviation, floor)
 
 
+CALM = 0.05  # nats: so small a loss is of what is known by heart, where ten times more is no fault
 Made = tuple[float, float]  # of an update: its loss and its gradient's norm
 
 
@@ -78,7 +79,7 @@ def spike(config: GuardConfig, past: Sequence[Made], now: Made) -> str:
 
     `past` are those of the last updates, of which there may be too few to tell.
     """
-    if not config.window or len(past) < LEAST:
+    if not config.window or len(past) < LEAST or (now[0] < CALM and math.isfinite(now[1])):
         return ""
     columns = zip(*past, strict=True)
     for (what, (floor, more)), before, value in zip(LIMITS.items(), columns, now, strict=True):

@@ -71,6 +71,15 @@ def test_noise_is_no_spike_and_a_fall_is_none(seed):
     assert not spike(ON, run[-100:], (1e-3, 1e-3))
 
 
+def test_what_is_known_by_heart_has_no_spikes():
+    """A run had gone back to its beginning because a loss of 0.0008 nats had become 0.0018."""
+    past = [(0.0008, 0.01)] * 100
+    assert not spike(ON, past, (0.0018, 0.02)) and not spike(ON, past, (0.0106, 1.0))
+    assert "the loss" in spike(ON, past, (0.06, 0.02))
+    assert "gradient's norm" in spike(ON, past, (0.0008, math.inf))
+    assert "the loss" in spike(ON, past, (math.nan, 0.01))
+
+
 def test_a_norm_may_jump_three_times_as_far():
     """Neighbours in e^0.1: a deviation is 0.1·1.4826/√2, above its floor of 0.1."""
     past = [(1.1 ** (i % 2), math.exp(0.1 * (i % 2))) for i in range(50)]
