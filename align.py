@@ -33,7 +33,7 @@ Papers: Wei et al. 2022, FLAN (arXiv 2109.01652); Ouyang et al. 2022, InstructGP
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -134,8 +134,8 @@ NEW = "new pairs"  # of operations: compositions that no lesson had
 
 def examination(config: Sft, writer: Writer, shots: int) -> list[Result]:
     """On problems, words and compositions that no lesson had; the compositions together. Or on
-    problems of named tasks alone, at the lessons' levels. Those of which no question fits into the
-    context are left out."""
+    problems of named tasks alone, at the lessons' levels. Where no question fits into the context
+    behind its examples, there is no result; UserError if none fits without any."""
     how = Examine(tasks=tasks.PLAIN, count=config.asked, shots=shots, seed=config.seed, tokens=60,
                   wording=config.wording)  # fmt: skip
     if config.examined:
@@ -147,7 +147,7 @@ def examination(config: Sft, writer: Writer, shots: int) -> list[Result]:
         parts = [(how, ""), (some, NEW)]
     found = []
     for part, together in parts:
-        with suppress(TooLong):
+        with suppress(TooLong) if shots else nullcontext():
             found += examined(writer, part, together)
     return found
 

@@ -283,7 +283,7 @@ RUN = 13  # words in a row that nobody writes twice by chance (Brown et al. 2020
 
 def words_in_tokens(questions: Sequence[Asked], tokenizer: Tokenizer) -> int:
     """In how many tokens of the questions there are 13 words, on average."""
-    words = sum(len(q.question.split()) for q in questions)
+    words = max(1, sum(len(q.question.split()) for q in questions))
     return math.ceil(RUN * sum(len(tokenizer.encode(q.question)) for q in questions) / words)
 
 
@@ -293,7 +293,7 @@ def leaked(
     """Whether `run` tokens in a row of a question, or all if it is shorter, were trained on."""
     ids = [np.array(tokenizer.encode(q.question), np.uint64) for q in questions]
     found = [False] * len(ids)
-    for n in sorted({min(run, len(x)) for x in ids}):
+    for n in sorted({min(run, len(x)) for x in ids} - {0}):  # of nothing, nothing was learnt
         known = np.concatenate([windows(np.asarray(file, np.uint64), n) for file in shards.files])
         known = np.unique(known)
         for i, x in enumerate(ids):

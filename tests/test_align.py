@@ -305,3 +305,6 @@ def test_examples_that_fit_no_context_are_left_out(folder):
     shape = replace(base.model.config, context=len(base.tokenizer.encode("a b" * 40)))
     short = base._replace(model=Transformer(shape).eval())
     assert align.before_tuning(how, short).keys() == {"base"}
+    none = base._replace(model=Transformer(replace(shape, context=8)).eval())
+    with pytest.raises(UserError, match="all questions are longer than the model's context of 8"):
+        align.before_tuning(how, none)  # and not after an hour of tuning

@@ -240,6 +240,10 @@ def test_what_was_trained_on_is_found(tmp_path, monkeypatch, shard_tokens):
     assert dict(zip(asked, found, strict=True)) == asked
     assert examine.words_in_tokens([Asked("k", "one two", ""), Asked("k", "three", "")],
                                    TOKENIZER) == math.ceil(13 * 12 / 3)  # fmt: skip
+    assert examine.words_in_tokens([Asked("k", "", "")], TOKENIZER) == 0
+    assert examine.leaked([Asked("k", "", "x")], TOKENIZER, Shards(tmp_path, "train", meta)) == [
+        False
+    ]
 
 
 @pytest.mark.parametrize("marks", [[True] * 30, [False] * 30, [True, False] * 40])
