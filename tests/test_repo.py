@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from bugs_kernels import BUGS
-from conftest import ROOT
+from conftest import ROOT, SHORT
 
 from bench import Bench
 from bpe import BPE
@@ -321,7 +321,7 @@ NO_SETTINGS = ("sentencepiece_files", "forecast", "wordpiece", "unigram", "world
 
 
 def settings_of(path):
-    """(line, the field) of the settings that a script's frozen dataclasses have, with defaults."""
+    """The fields of a script's frozen dataclasses in which all have defaults."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         frozen = isinstance(node, ast.ClassDef) and any(
             ast.unparse(how) == "dataclass(frozen=True)" for how in node.decorator_list
@@ -342,6 +342,13 @@ def test_help_says_what_each_setting_is(path):
         behind = it.lineno == it.end_lineno and "  # " in lines[it.lineno]
         above = lines[it.lineno - 1].strip().startswith("# ")
         assert group or behind or above or it.target.id == "seed", ast.unparse(it)
+
+
+def test_the_table_of_the_short_run_names_tests():
+    """A name that nobody has would put all of a test into it again."""
+    for name in SHORT:
+        file, test = name.split("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
 
 
 def test_ci_runs_the_readme_s_test_command():
